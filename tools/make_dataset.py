@@ -1,0 +1,414 @@
+"""Make a D4RL dataset for a maze task, by D4RL's published recipes.
+
+    python tools/make_dataset.py antmaze-umaze-v2 --transitions 200000 --seed 0
+
+The file has D4RL's HDF5 layout, one row per transition, with the state before the action:
+
+    observations (N, 29 or 4), actions (N, 8 or 2), rewards (N,)              float32
+    terminals (N,), timeouts (N,)                                             bool
+    infos/goal (N, 2): x, y of the task's goal, which the reward is for       float32
+    infos/qpos (N, 15 or 2), infos/qvel (N, 14 or 2): the simulator's state   float32
+    metadata: a group without data, whose attributes say how the file was made
+
+Rewards and terminals are what the environment's `step` returned for the row. An episode ends at a
+terminal or a timeout, never at both; the file's last row is one of the two. Actions are clipped to
+[-1, 1] after the noise. In infos/goal, D4RL's own files hold the place where the data-collecting
+policy was sent, and their maze2d rewards belong to the state before the action.
+
+antmaze: a walking ant (datasets/ant_walker.npz) is led through the maze cell by cell, with action
+noise of 0.2, to a destination, and once within 0.5 of it to the next one. (In D4RL's own data it
+stays at the first one until the time limit.) An episode ends at the task's goal, which the
+environment draws anew at every reset, or at the task's time limit.
+
+    umaze       starts where the task does; half of the episodes go straight to the task's goal,
+                the others wander through random cells
+    *-diverse   starts in a random cell and wanders through random cells
+    *-play      the same with a few hand-picked cells, those that D4RL's maps for data collection
+                mark and the goal's; a quarter of the episodes go straight to the task's goal
+
+maze2d: D4RL's `WaypointController`, with action noise of 0.5, leads a point from one random cell to
+the next. A timeout is set where a cell has been reached, and at the task's time limit; nothing is
+terminal. The point goes on from there, and starts anew every 10,000 transitions.
+
+Row i depends on the task, the seed and i alone, apart from the last row's timeout: a short file is
+the beginning of a longer one, and the number of worker processes does not matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import io
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+from unittest import mock
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import d4rl_compat
+
+ROOT = Path(__file__).resolve().parents[1]
+WALKER = ROOT / "datasets" / "ant_walker.npz"
+ARRIVED = 0.5  # distance from its destination at which the ant turns to the next one
+POINT_TRAJECTORY = 10_000  # transitions
+
+Cell = tuple[int, int]  # row and column in the maze's map
+Rows = dict[str, np.ndarray]  # name in the file -> array with one row per transition
+
+
+class Step(NamedTuple):
+    """One transition, without the observation that follows."""
+
+    observation: np.ndarray
+    action: np.ndarray
+    reward: float
+    terminal: bool
+    timeout: bool
+
+
+def to_rows(steps: list[Step], goal: np.ndarray, n_positions: int) -> Rows:
+    """Stack `steps`; in these tasks an observation is the simulator's qpos, then its qvel."""
+    observations, actions, rewards, terminals, timeouts = map(np.asarray, zip(*steps, strict=True))
+    observations = observations.astype(np.float32)
+    return {
+        "observations": observations,
+        "actions": actions,
+        "rewards": rewards.astype(np.float32),
+        "terminals": terminals.astype(bool),
+        "timeouts": timeouts.astype(bool),
+        "infos/goal": np.tile(np.asarray(goal, np.float32), (len(steps), 1)),
+        "infos/qpos": observations[:, :n_positions],
+        "infos/qvel": observations[:, n_positions:],
+    }
+
+
+def noisy(action: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """`action` plus Gaussian noise, clipped to [-1, 1]; float32, so that the file holds it all."""
+    return (action + noise * rng.standard_normal(len(action))).clip(-1, 1).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------ antmaze
+
+
+class Plan(NamedTuple):
+    """Where the episodes of an antmaze task start and where they go."""
+
+    starts: list[Cell]  # empty: where the task starts
+    destinations: list[Cell]
+    straight: float  # share of the episodes that go straight to the task's goal
+
+
+class AntMaze:
+    """The walking ant in the maze of one task."""
+
+    noise = 0.2  # standard deviation, as in D4RL's recipe
+
+    def __init__(self, task: str):
+        self.env = d4rl_compat.make(task)
+        self.maze = self.env.unwrapped.wrapped_env
+        rows = self.maze._maze_map
+        free = [(i, j) for i, row in enumerate(rows) for j, mark in enumerate(row) if mark != 1]
+        self.centres = {cell: np.array(self.maze._rowcol_to_xy(cell)) for cell in free}
+        step_towards = self.maze._get_best_next_rowcol  # searches for a path at every call
+        self.next_cell = {(cell, end): step_towards(cell, end) for cell in free for end in free}
+        self.plan = self._plan(task, free)
+        with np.load(WALKER) as weights:
+            self.weights = dict(weights)
+
+    def rollout(self, seeds: np.random.SeedSequence) -> Rows:
+        """One episode."""
+        rng = np.random.default_rng(seeds)
+        observation = d4rl_compat.reset(self.env, int(seeds.generate_state(1)[0]))
+        if self.plan.starts:
+            observation = self._move_to(self._pick(self.plan.starts, rng))
+        goal = np.array(self.maze.target_goal)
+        cell = self.cell_of(observation[:2])
+        straight = rng.random() < self.plan.straight
+        target = goal if straight else self._next_destination(cell, rng)
+        steps, done = [], False
+        while not done:
+            here = self.cell_of(observation[:2])
+            cell = here if here in self.centres else cell
+            if np.linalg.norm(target - observation[:2]) <= ARRIVED:
+                target = self._next_destination(cell, rng)
+            direction = self._waypoint(cell, target) - observation[:2]
+            action = noisy(self.walk(observation, direction), self.noise, rng)
+            next_observation, reward, done, info = self.env.step(action)
+            timeout = info.get("TimeLimit.truncated", False)
+            steps.append(Step(observation, action, reward, done and not timeout, timeout))
+            observation = next_observation
+        return to_rows(steps, goal, self.maze.model.nq)
+
+    def walk(self, observation: np.ndarray, direction: np.ndarray) -> np.ndarray:
+        """The walker's mean action (8,) to go along `direction` (2,) from `observation` (29,)."""
+        w = self.weights
+        unit = direction / (np.linalg.norm(direction) + 1e-8)
+        x = np.concatenate([observation[2:], unit]).astype(np.float32)
+        hidden = np.maximum(x @ w["w0"] + w["b0"], 0)
+        hidden = np.maximum(hidden @ w["w1"] + w["b1"], 0)
+        return np.tanh(hidden @ w["w2"] + w["b2"])
+
+    def cell_of(self, xy: np.ndarray) -> Cell:
+        """The cell around `xy`; D4RL's own `_xy_to_rowcol` floors where it should round."""
+        size = self.maze._maze_size_scaling
+        return round(xy[1] / size) + 1, round(xy[0] / size) + 1
+
+    def _plan(self, task: str, free: list[Cell]) -> Plan:
+        from d4rl.locomotion import maze_env
+
+        def marked(maze: list, marks: tuple) -> list[Cell]:
+            return [cell for cell in free if maze[cell[0]][cell[1]] in marks]
+
+        goal = marked(self.maze._maze_map, (maze_env.GOAL,))
+        if "diverse" in task:
+            return Plan([cell for cell in free if cell not in goal], free, straight=0)
+        if "play" in task:
+            maze = maze_env.BIG_MAZE if "medium" in task else maze_env.HARDEST_MAZE
+            picked = marked(maze, (maze_env.RESET, maze_env.GOAL))
+            starts = [cell for cell in picked if cell not in goal]
+            return Plan(starts, starts + goal, straight=0.25)
+        return Plan([], free, straight=0.5)
+
+    def _move_to(self, xy: np.ndarray) -> np.ndarray:
+        data = self.maze.sim.data
+        self.maze.set_state(np.concatenate([xy, data.qpos[2:]]), data.qvel.copy())
+        return self.maze._get_obs()
+
+    def _pick(self, cells: list[Cell], rng: np.random.Generator) -> np.ndarray:
+        """A place (x, y) in one of `cells`, off its centre as in D4RL's recipe."""
+        cell = cells[rng.integers(len(cells))]
+        return self.centres[cell] + rng.uniform(0, self.maze._maze_size_scaling / 4, size=2)
+
+    def _next_destination(self, here: Cell, rng: np.random.Generator) -> np.ndarray:
+        return self._pick([cell for cell in self.plan.destinations if cell != here], rng)
+
+    def _waypoint(self, cell: Cell, target: np.ndarray) -> np.ndarray:
+        end = self.cell_of(target)
+        following = self.next_cell[cell, end]
+        return target if following == end else self.centres[following]
+
+
+# ------------------------------------------------------------------------------------- maze2d
+
+
+class PointMaze:
+    """D4RL's waypoint controller in the maze of one task."""
+
+    noise = 0.5  # standard deviation, as in D4RL's recipe
+
+    def __init__(self, task: str):
+        self.env = d4rl_compat.make(task)
+        self.maze = self.env.unwrapped
+        self.q_values: dict[bytes, np.ndarray] = {}  # map with the target marked -> action values
+
+    def rollout(self, seeds: np.random.SeedSequence) -> Rows:
+        """POINT_TRAJECTORY transitions, with many episodes on the way."""
+        from d4rl.pointmaze.waypoint_controller import WaypointController, q_iteration
+
+        rng = np.random.default_rng(seeds)
+        seed = int(seeds.generate_state(1)[0])
+        observation = d4rl_compat.reset(self.env, seed)
+        np.random.seed(seed)  # the controller's own source of randomness
+        controller = WaypointController(self.maze.str_maze_spec)
+        search = self._once_per_target(q_iteration.q_iteration)
+        target = self._next_target(observation[:2], rng)
+        steps, length = [], 0
+        with mock.patch.object(q_iteration, "q_iteration", search):
+            while len(steps) < POINT_TRAJECTORY:
+                action, reached = controller.get_action(observation[:2], observation[2:], target)
+                action = noisy(action, self.noise, rng)
+                next_observation, reward, _, _ = self.maze.step(action)
+                length += 1
+                timeout = reached or length == self.env.spec.max_episode_steps
+                last = len(steps) == POINT_TRAJECTORY - 1
+                steps.append(Step(observation, action, reward, False, timeout or last))
+                observation = next_observation
+                if timeout:
+                    target, length = self._next_target(target, rng), 0
+        return to_rows(steps, self.maze.get_target(), self.maze.model.nq)
+
+    def _once_per_target(self, q_iteration: Callable) -> Callable:
+        """`q_iteration`, remembering its results: it would take nine tenths of all the time."""
+
+        def search(env: Any, **options: Any) -> np.ndarray:
+            key = env.gs.spec.tobytes()
+            if key not in self.q_values:
+                self.q_values[key] = q_iteration(env, **options)
+            return self.q_values[key]
+
+        return search
+
+    def _next_target(self, here: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Another cell: the controller would count the same one as reached after one row."""
+        cells = np.array(self.maze.empty_and_goal_locations, float)
+        return rng.choice(cells[(cells != np.round(here)).any(axis=1)])
+
+
+# ------------------------------------------------------------------------------- all the tasks
+
+ANT_MAZES = "umaze umaze-diverse medium-play medium-diverse large-play large-diverse"
+RECIPES = {f"maze2d-{maze}-v1": PointMaze for maze in ("umaze", "medium", "large")}
+RECIPES |= {f"antmaze-{maze}-v2": AntMaze for maze in ANT_MAZES.split()}
+
+_maze: AntMaze | PointMaze  # one in each worker process
+_stopped = threading.Event()  # set by a signal to the parent process
+
+
+def _start_worker(task: str) -> None:
+    global _maze
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers,
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # even when it is killed
+    _maze = RECIPES[task](task)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _rollout(seed: int, index: int) -> Rows:
+    return _maze.rollout(np.random.SeedSequence((seed, index)))
+
+
+def rollouts(task: str, seed: int, workers: int) -> Iterator[Rows]:
+    """Yield the rollouts 0, 1, 2, ... of `task`, without end, from `workers` processes."""
+    for library in ("OMP", "OPENBLAS", "MKL"):  # the workers' matrices are too small for threads
+        os.environ[f"{library}_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (task,))
+    pending = deque()
+    try:
+        for index in count():
+            pending.append(pool.submit(_rollout, seed, index))
+            if len(pending) == 2 * workers:
+                yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def write_dataset(path: Path, task: str, transitions: int, seed: int, workers: int) -> None:
+    """Write a dataset of `task` to `path`, all at once when it is whole.
+
+    Raises OSError where that fails (in memory first, because HDF5 crashes on a full disk), and
+    KeyboardInterrupt after a signal.
+    """
+    image, row = io.BytesIO(), 0
+    with h5py.File(image, "w") as file, tqdm(total=transitions, mininterval=1, unit="row") as bar:
+        for rows in rollouts(task, seed, workers):
+            if _stopped.is_set():
+                raise KeyboardInterrupt
+            size = min(len(rows["rewards"]), transitions - row)
+            for name, array in rows.items():
+                if row == 0:
+                    shape = (transitions, *array.shape[1:])
+                    file.create_dataset(name, shape, array.dtype, compression="gzip", shuffle=True)
+                file[name][row : row + size] = array[:size]
+            row += size
+            bar.update(size)
+            if row == transitions:
+                break
+        file["timeouts"][-1] = not file["terminals"][-1]
+        # Attributes, because D4RL's `sequence_dataset` takes every array for one of transitions.
+        file.create_group("metadata").attrs.update(
+            command=f"tools/make_dataset.py {task} --transitions {transitions} --seed {seed}",
+            recipe=__doc__,
+            task=task,
+            seed=seed,
+            action_noise=RECIPES[task].noise,
+            physics=d4rl_compat.PHYSICS,
+            d4rl=importlib.metadata.version("d4rl"),
+            numpy=np.__version__,
+        )
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(image.getbuffer())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def summary(path: Path, task: str) -> str:
+    """What is in the finished file, and the command line that trains on it."""
+    with h5py.File(path) as file:
+        rewards = file["rewards"][:]
+        ends = np.flatnonzero(file["terminals"][:] | file["timeouts"][:]) + 1
+    returns = np.add.reduceat(rewards, np.r_[0, ends[:-1]])
+    config = "quickstart" if RECIPES[task] is PointMaze else "antmaze"
+    return (
+        f"{path}: {len(rewards):,} transitions, {path.stat().st_size / 1e6:.1f} MB\n"
+        f"{len(ends):,} episodes, {len(rewards) / len(ends):.0f} transitions long on average; "
+        f"{np.mean(returns > 0):.1%} of them reach the task's goal\n"
+        f"Train on it: python cal_ql.py --config_path configs/{config}.yaml --env {task} "
+        f"--dataset_path {shlex.quote(str(path))}"
+    )
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; bad input ends the program with one line and status 2."""
+    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("task", help=f"one of {', '.join(RECIPES)}")
+    option = parser.add_argument
+    option("--transitions", type=int, default=1_000_000, metavar="N", help="default: 1000000")
+    option("--seed", type=int, default=0, metavar="S", help="default: 0")
+    option("--output", type=Path, metavar="PATH", help="default: datasets/TASK-N-seedS.hdf5")
+    option("--workers", type=int, default=os.cpu_count() or 1, help="default: one per core")
+    args = parser.parse_args()
+    if args.task not in RECIPES:
+        parser.error(f"no recipe for {args.task!r}; there is one for {', '.join(RECIPES)}")
+    for name, least in (("transitions", 1), ("seed", 0), ("workers", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    if args.output is None:
+        name = f"{args.task}-{args.transitions}-seed{args.seed}.hdf5"
+        args.output = Path(os.path.relpath(ROOT / "datasets" / name))
+    if not args.output.parent.is_dir():
+        parser.error(f"there is no directory {args.output.parent}")
+    if not os.access(args.output.parent, os.W_OK):
+        parser.error(f"cannot write to {args.output.parent}")
+    if args.output.exists():
+        parser.error(f"{args.output} exists; choose another --output")
+    if RECIPES[args.task] is AntMaze and not WALKER.is_file():
+        parser.error(f"{WALKER}, the ant's walking policy, is missing")
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    for number in (signal.SIGINT, signal.SIGTERM):  # an exception could be lost in a destructor
+        signal.signal(number, lambda *_: _stopped.set())
+    try:
+        write_dataset(args.output, args.task, args.transitions, args.seed, args.workers)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was saved", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"cannot write {args.output}: {error}", file=sys.stderr)
+        return 1
+    print(summary(args.output, args.task))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
