@@ -14,8 +14,8 @@ stops the push at a return that was really achieved, so fine-tuning has nothing 
     python cal_ql.py --config_path configs/antmaze.yaml --env antmaze-large-play-v2 --seed 1
     python cal_ql.py --help
 
-Each section needs only those above it: configuration, environments and data, replay buffer,
-networks, losses, agent, evaluation, checkpoints, logging, the training loop.
+Each section needs only those above it: configuration, environments, dataset, replay buffer,
+networks, losses, agent, episodes, run directory, logging, training.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import dataclasses
 import difflib
 import fcntl
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -85,6 +86,7 @@ class Config:
     online_iterations: int = 1_000_000  # Environment steps in the online phase
     checkpoints_path: Optional[str] = None  # Where the run gets its directory; null saves nothing
     checkpoint_freq: Optional[int] = None  # Steps between two checkpoints; null is eval_freq
+    resume: bool = True  # Continue the run that checkpoints_path holds; false refuses to touch it
     load_model: str = ""  # Checkpoint from which networks, temperatures and optimizers start
 
     buffer_size: int = 2_000_000  # Capacity of each replay buffer, at least the dataset's size
@@ -149,11 +151,19 @@ class Config:
 
     @property
     def run_name(self) -> str:
-        """Name of the run and its directory: equal for equal options, different for different."""
-        elsewhere = {"device", "checkpoints_path", "project", "group"}  # no part of the experiment
-        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}
+        """Name of the run and its directory: equal for equal options, different for different.
+
+        Only what differs from the defaults counts, so that new options leave old runs their names.
+        """
+        options = differing_options(dataclasses.asdict(Config()), dataclasses.asdict(self))
         digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
         return f"{self.name}-{self.env}-seed{self.seed}-{digest[:8]}"
+
+
+def differing_options(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The options of `other` that make it another experiment than `one`."""
+    elsewhere = {"device", "checkpoints_path", "resume", "project", "group"}
+    return {k: v for k, v in other.items() if k not in elsewhere and one.get(k) != v}
 
 
 def cast(value: Any, kind: Any) -> Any:
@@ -201,8 +211,8 @@ def validate(config: Config) -> None:
     positive += " q_n_hidden_layers actor_n_hidden_layers hidden_dim online_utd_ratio log_freq"
     expect(positive, lambda x: x > 0, "1 or more")
     expect("checkpoint_freq", lambda x: x is None or x > 0, "1 or more, or null")
-    counts = "offline_iterations online_iterations bc_steps seed eval_seed"
-    expect(counts, lambda x: x >= 0, "0 or more")
+    expect("offline_iterations online_iterations bc_steps", lambda x: x >= 0, "0 or more")
+    expect("seed eval_seed", lambda x: 0 <= x < 2**32, "0 to 2**32 - 1")
     weights = "cql_alpha cql_alpha_online alpha_multiplier"
     expect(weights, lambda x: 0 <= x < math.inf, "0 or more")
     expect("policy_lr qf_lr cql_temp", lambda x: 0 < x < math.inf, "a number above 0")
@@ -230,10 +240,10 @@ def parse_config(args: Optional[list[str]] = None) -> Config:
 
     pyrallis.decode.register(Config, decode_config)
     try:
-        return Parser(config_class=Config).parse_args(args)
+        return Parser(config_class=Config, allow_abbrev=False).parse_args(args)
     except OSError as error:
         raise InputError(f"config_path: cannot read {error.filename}: {error.strerror}") from None
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         problem = " ".join(str(error).split())
         raise InputError(f"config_path: not a YAML file of options ({problem})") from None
 
@@ -272,13 +282,17 @@ class Task:
     def __init__(self, name: str):
         try:
             self.env = d4rl_compat.make(name)
+            self.normalized_score(0.0)
         except ValueError as error:
             raise InputError(f"env: {error}") from None
+        except AttributeError:
+            raise InputError(f"env: found {name!r}, expected one of D4RL's tasks") from None
         self.max_episode_steps: int = self.env.spec.max_episode_steps
         self.observation_dim: int = self.env.observation_space.shape[0]
         self.action_dim: int = self.env.action_space.shape[0]
         self.action_scale: np.ndarray = self.env.action_space.high
-        self.has_goal = not name.startswith(LOCOMOTION)
+        self.is_locomotion = name.startswith(LOCOMOTION)
+        self.has_goal = not self.is_locomotion and "dense" not in name
         self.ends_at_goal = name.startswith("kitchen")
 
     def reset(self, episode_seed: int) -> np.ndarray:
@@ -320,6 +334,8 @@ def dataset_file(config: Config, task: Task) -> Path:
             )
         return path
     url = task.env.dataset_url
+    if not url:
+        raise InputError(f"env: D4RL has no data for {config.env}; name a file by --dataset_path")
     directory = os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")
     path = Path(directory).expanduser() / url.rpartition("/")[2]
     if not path.is_file():
@@ -342,7 +358,7 @@ def download(url: str, path: Path, env_name: str) -> None:
             if bar.n < size:
                 raise OSError(f"the connection ended after {bar.n} of {size} bytes")
         os.replace(part, path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         part.unlink(missing_ok=True)
         raise InputError(
             f"dataset: cannot download {url} ({error}); fetch it elsewhere and put it "
@@ -367,7 +383,7 @@ def read_dataset(path: Path, task: Task) -> dict[str, np.ndarray]:
     try:
         with h5py.File(path, "r") as file:
             raw = {key: file[key][:] for key in keys if key in file}
-    except OSError as error:
+    except Exception as error:  # h5py raises whatever it meets in a broken file
         raise InputError(
             f"dataset {path}: not a whole HDF5 file ({error}); delete it and fetch or make it again"
         ) from None
@@ -382,8 +398,9 @@ def read_dataset(path: Path, task: Task) -> dict[str, np.ndarray]:
         if value.shape == (n, 1) and shape == (n,):
             value = value[:, 0]
         expect(value.shape == shape, f"{key} has shape {value.shape}, the task needs {shape}")
+        expect(value.dtype.kind in "biuf", f"{key} holds {value.dtype}, expected real numbers")
+        expect(np.isfinite(value).all(), f"{key} holds NaN or infinite values")
         raw[key] = value.astype(bool if key in ("terminals", "timeouts") else np.float32)
-        expect(np.isfinite(raw[key]).all(), f"{key} holds NaN or infinite values")
     raw["actions"] /= task.action_scale
     largest = np.abs(raw["actions"]).max()
     expect(
@@ -397,20 +414,20 @@ def episode_ends(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which rows are the last of their episode, and which of them a time limit cut: [N] bool each.
 
-    An episode ends at a terminal, at a timeout where the file has them, where the next observation
-    is not the following row's observation, at the length limit, and with the file. The time limit
-    cuts at the file's timeouts; where it has none, D4RL goes by the length limit.
+    An episode ends at a terminal, at a timeout, where the next observation is not the following
+    row's observation, and with the file. Where the file has no timeouts, the length limit stands
+    for them. (Where it has, an episode may hold one row more than the limit, as in D4RL's AntMaze.)
     """
     rows = np.arange(len(raw["rewards"]))
-    ends = raw["terminals"] | raw.get("timeouts", False)
+    ends = raw["terminals"].copy()
     if "next_observations" in raw:
         jumps = raw["observations"][1:] - raw["next_observations"][:-1]
         ends[:-1] |= np.linalg.norm(jumps, axis=1) > 1e-6
     starts = np.maximum.accumulate(np.where(np.r_[True, ends[:-1]], rows, 0))
-    at_limit = (rows - starts + 1) % max_episode_steps == 0
-    ends |= at_limit
+    truncated = raw.get("timeouts", (rows - starts + 1) % max_episode_steps == 0)
+    ends |= truncated
     ends[-1] = True
-    return ends, raw.get("timeouts", at_limit)
+    return ends, truncated
 
 
 def return_to_go(
@@ -463,9 +480,9 @@ class Scaling(NamedTuple):
             observations = raw["observations"]
             mean, std = observations.mean(0), observations.std(0) + np.float32(1e-3)
         scale = config.reward_scale
-        if config.normalize_reward and not task.has_goal:
+        if config.normalize_reward and task.is_locomotion:
             returns = np.add.reduceat(raw["rewards"], np.flatnonzero(np.r_[True, ends[:-1]]))
-            scale *= task.max_episode_steps / float(np.ptp(returns))
+            scale *= task.max_episode_steps / (float(np.ptp(returns)) or 1.0)
         return cls(mean, std, scale, config.reward_bias)
 
 
@@ -497,6 +514,8 @@ def load_dataset(config: Config, task: Task) -> Dataset:
         next_observations = np.roll(observations, -1, axis=0)
     keep = ~truncated
     keep[-1] = False
+    if not keep.any():
+        raise InputError(f"dataset {path}: it holds no transition, only ends of episodes")
     if config.buffer_size < keep.sum():
         raise InputError(
             f"buffer_size: found {config.buffer_size}, expected at least the {keep.sum()} "
@@ -791,12 +810,13 @@ class Agent:
         cloning = self.updates < config.bc_steps
         losses, metrics = self.losses(batch, self.draw_noise(), cql_alpha, calibrated, cloning)
         # all gradients are taken at the same parameters before any optimizer steps
+        gradients = []
         for name, optimizer in self.optimizers.items():
             parameters = optimizer.param_groups[0]["params"]
-            gradients = torch.autograd.grad(losses[name], parameters)
-            metrics[f"{name}_gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
-            for parameter, gradient in zip(parameters, gradients):
+            gradients += torch.autograd.grad(losses[name], parameters)
+            for parameter, gradient in zip(parameters, gradients[-len(parameters) :]):
                 parameter.grad = gradient
+        metrics["gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
         for optimizer in self.optimizers.values():
             optimizer.step()
         self.updates += 1
@@ -814,11 +834,9 @@ class Agent:
         policy = self.actor(batch.observations)  # one pass serves all the actions sampled in s
         with torch.no_grad():
             next_policy = self.actor(batch.next_observations)
-            current, following = (
-                sample_actions(policy, noise.current),
-                sample_actions(next_policy, noise.next),
-            )
-            sample = Sample(*(torch.cat(pair, 1) for pair in zip(current, following)))
+            at_s = sample_actions(policy, noise.current)
+            at_next = sample_actions(next_policy, noise.next)
+            sample = Sample(*(torch.cat(pair, 1) for pair in zip(at_s, at_next)))
             next_values = self.next_values(batch, sample_actions(next_policy, noise.target), alpha)
             target_q = td_target(batch.rewards, batch.terminals, next_values, self.config.discount)
 
@@ -841,11 +859,12 @@ class Agent:
             merit = action_log_density(policy, batch.actions)
         else:
             merit = self.critic(batch.observations, actions.unsqueeze(1)).amin(0).squeeze(-1)
-        losses = {
-            "actor": actor_loss(log_density, merit, alpha),
-            "alpha": temperature_loss(self.log_alpha, log_density, -self.action_dim),
-        }
-        metrics = {"policy_loss": losses["actor"], "alpha_loss": losses["alpha"]}
+        losses = {"actor": actor_loss(log_density, merit, alpha)}
+        alpha_loss = torch.zeros_like(alpha)
+        if self.config.use_automatic_entropy_tuning:
+            alpha_loss = temperature_loss(self.log_alpha, log_density, -self.action_dim)
+            losses["alpha"] = alpha_loss
+        metrics = {"policy_loss": losses["actor"], "alpha_loss": alpha_loss}
         return losses, {**metrics, "log_pi": log_density.mean()}
 
     def critic_losses(
@@ -872,17 +891,15 @@ class Agent:
         differences = cql_difference(
             data_q, random_q, policy_q, random_log_density, sample.log_density, config
         )
-        alpha_prime, gap = torch.ones_like(td_losses[0]), 0.0
+        regularizers, losses = cql_alpha * differences, {}
+        alpha_prime = alpha_prime_loss = torch.zeros_like(target_q[0])
         if config.cql_lagrange:
+            excess = cql_alpha * (differences - config.cql_target_action_gap)
             alpha_prime = self.log_alpha_prime.exp().clamp(max=1e6)
-            gap = config.cql_target_action_gap
-        excess = cql_alpha * (differences - gap)
-        regularizers = alpha_prime.detach() * excess
-        losses = {
-            "critic": (td_losses + regularizers).sum(),
-            "alpha_prime": lagrange_loss(alpha_prime, excess),
-        }
-        metrics = {"alpha_prime": alpha_prime, "alpha_prime_loss": losses["alpha_prime"]}
+            losses["alpha_prime"] = alpha_prime_loss = lagrange_loss(alpha_prime, excess)
+            regularizers = alpha_prime.detach() * excess
+        losses["critic"] = (td_losses + regularizers).sum()
+        metrics = {"alpha_prime": alpha_prime, "alpha_prime_loss": alpha_prime_loss}
         by_critic = {
             "qf{}_loss": td_losses,
             "average_qf{}": data_q.mean(-1),
@@ -903,8 +920,10 @@ class Agent:
     def act(self, observation: np.ndarray, explore: bool) -> np.ndarray:
         """The policy's action [A] at one observation [S]: a sample, or tanh of the mean."""
         policy = self.actor(torch.from_numpy(observation).to(self.device).unsqueeze(0))
-        noise = torch.randn_like(policy.mean) if explore else torch.zeros_like(policy.mean)
-        return sample_actions(policy, noise).actions.squeeze(0).cpu().numpy()
+        actions = torch.tanh(policy.mean)
+        if explore:
+            actions = sample_actions(policy, torch.randn_like(policy.mean)).actions
+        return actions.squeeze(0).cpu().numpy()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -973,16 +992,9 @@ class Collector:
     `store` is called with the transitions [T, ...] of each episode that ends.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        dataset: Dataset,
-        buffer: ReplayBuffer,
-        config: Config,
-        store: Callable[[Batch], None],
-    ):
-        self.task, self.dataset, self.buffer = task, dataset, buffer
-        self.config, self.store = config, store
+    def __init__(self, task: Task, dataset: Dataset, buffer: ReplayBuffer, config: Config):
+        self.task, self.dataset, self.buffer, self.config = task, dataset, buffer, config
+        self.store: Callable[[Batch], None] = lambda transitions: None
         self.begun = 0  # episodes
         self.failures = 0  # episodes that ended without success
         self.episode: Optional[Episode] = None
@@ -1132,22 +1144,25 @@ class RunDirectory:
     def load(self, device: torch.device) -> Optional[dict[str, Any]]:
         """The newest whole checkpoint, the growing files cut back to it; None for a new run.
 
-        A broken one is set aside; raises `InputError` where all are broken.
+        Broken ones after it are set aside; raises `InputError` where all are broken.
         """
-        found = self.checkpoints()
+        found, broken = self.checkpoints(), []
+        state: dict[str, Any] = {"sizes": {"metrics": 0, "rows": 0}}
         for path in reversed(found):
             try:
                 state = load_checkpoint(path, device)
                 break
             except InputError as error:
                 print(f"{error}: set aside, the run goes on from the checkpoint before")
-                path.rename(path.with_suffix(".broken"))
-        else:
-            if found:
-                raise InputError(f"checkpoints_path: no whole checkpoint is left in {self.path}")
-            state = {"sizes": {"metrics": 0, "rows": 0}}
-        self.metrics.truncate(state["sizes"]["metrics"])
-        self.rows.truncate(state["sizes"]["rows"])
+                broken.append(path)
+        if found and len(broken) == len(found):
+            raise InputError(f"checkpoints_path: no checkpoint in {self.path} is whole")
+        for file, size in ((self.metrics, "metrics"), (self.rows, "rows")):
+            if file.tell() < state["sizes"][size]:
+                raise InputError(f"checkpoints_path: {file.name} is shorter than its checkpoint")
+            file.truncate(state["sizes"][size])
+        for path in broken:
+            path.rename(path.with_suffix(".broken"))
         return state if found else None
 
 
@@ -1270,7 +1285,6 @@ class Log:
         self.wandb.records.put(record)
         self.bar.set_description("offline" if step <= offline else "online", refresh=False)
         self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update(step - self.bar.n)
 
     def write_means(self, step: int, metrics: MeanMetrics) -> None:
         """Add the update's metrics, averaged since the last time, and the rate of updates."""
@@ -1328,7 +1342,7 @@ class StopSignals:
 class Run:
     """All that a run's future depends on, and the step that moves it on."""
 
-    def __init__(self, config: Config, directory: Optional[RunDirectory]):
+    def __init__(self, config: Config):
         self.config = config
         self.device = resolve_device(config.device)
         torch.set_float32_matmul_precision("high")  # TF32 where the device has it
@@ -1341,8 +1355,7 @@ class Run:
         online_capacity = min(config.buffer_size, config.online_iterations)
         self.online = ReplayBuffer(online_capacity, *dims, self.device)
         self.agent = Agent(*dims, config, self.device)
-        store = directory.add_transitions if directory else lambda transitions: None
-        self.collector = Collector(self.task, self.dataset, self.online, config, store)
+        self.collector = Collector(self.task, self.dataset, self.online, config)
         self.metrics = MeanMetrics()
         self.step = 0  # updates in the offline phase, then environment steps
         self.evaluated_at = -1
@@ -1409,17 +1422,37 @@ class Run:
         )
 
 
-def start_or_resume(config: Config, directory: Optional[RunDirectory]) -> Run:
-    """A new run, or the one that `directory` holds, as it was at its last checkpoint."""
-    run = Run(config, directory)
+def open_directory(config: Config) -> Optional[RunDirectory]:
+    """The run's directory, or None; raises `InputError` where it cannot be used."""
+    if config.checkpoints_path is None:
+        return None
+    try:
+        directory = RunDirectory(config)
+    except OSError as error:
+        raise InputError(f"checkpoints_path: cannot write there ({error})") from None
+    if directory.checkpoints() and not config.resume:
+        raise InputError(f"resume: {directory.path} holds a run, expected none; take --resume true")
+    return directory
+
+
+def start_or_resume(run: Run, directory: Optional[RunDirectory]) -> None:
+    """Put `run` where the last checkpoint of `directory` stands, else where `load_model` says."""
     state = directory.load(run.device) if directory else None
+    load_model = run.config.load_model
     if state:
-        run.load_state_dict(
-            state, directory.read_transitions(run.task.observation_dim, run.task.action_dim)
-        )
-    elif config.load_model:
-        run.agent.load_state_dict(load_checkpoint(Path(config.load_model), run.device)["agent"])
-    return run
+        shape = run.task.observation_dim, run.task.action_dim
+        run.load_state_dict(state, directory.read_transitions(*shape))
+    elif load_model:
+        state = load_checkpoint(Path(load_model), run.device)
+        try:
+            run.agent.load_state_dict(state["agent"])
+        except (KeyError, ValueError, RuntimeError):
+            saved = differing_options(dataclasses.asdict(run.config), state.get("config", {}))
+            raise InputError(
+                f"load_model: {load_model} is of other networks; its run differs in {saved}"
+            ) from None
+    if directory:
+        run.collector.store = directory.add_transitions
 
 
 def train(config: Config) -> None:
@@ -1429,8 +1462,9 @@ def train(config: Config) -> None:
     with everything saved that can be.
     """
     signals = StopSignals()
-    directory = RunDirectory(config) if config.checkpoints_path is not None else None
-    run = start_or_resume(config, directory)
+    run = Run(config)  # first, so that wrong input leaves nothing behind
+    directory = open_directory(config)
+    start_or_resume(run, directory)
     print(run.summary())
     log = Log(config, directory, run.step)
     patience = 3.0  # seconds for W&B's last records, when there is a hurry
@@ -1464,6 +1498,7 @@ def train_loop(run: Run, log: Log, directory: Optional[RunDirectory], signals: S
         signals.check()
         if ended := run.advance():
             log.write(run.step, ended)
+        log.bar.update()
         if run.step % config.log_freq == 0 or run.step == config.total_steps:
             log.write_means(run.step, run.metrics)
 
@@ -1475,6 +1510,7 @@ def save(run: Run, directory: Optional[RunDirectory]) -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # in a log file or a pipe too
     try:
         train(parse_config())
     except Stop as stop:

@@ -1,0 +1,180 @@
+"""The policy's densities against torch.distributions, and how the networks start."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Independent, Normal, TransformedDistribution
+from torch.distributions.transforms import TanhTransform
+
+from cal_ql import (
+    Actor,
+    Agent,
+    Config,
+    Critic,
+    Gaussian,
+    Sample,
+    action_log_density,
+    sample_actions,
+)
+
+B, N, S, A = 50, 4, 5, 3
+CPU = torch.device("cpu")
+DOUBLE = torch.float64
+
+
+def random_policy(dtype: torch.dtype = DOUBLE) -> Gaussian:
+    torch.manual_seed(0)
+    return Gaussian(2 * torch.randn(B, A, dtype=dtype), torch.rand(B, A, dtype=dtype) * 4 - 3)
+
+
+def distribution(policy: Gaussian) -> TransformedDistribution:
+    """The same policy, which remembers from where tanh took an action."""
+    normal = Normal(policy.mean, policy.log_std.exp())
+    return TransformedDistribution(Independent(normal, 1), TanhTransform(cache_size=1))
+
+
+def check(found: Sample, policy: Gaussian, noise: torch.Tensor) -> None:
+    expected = distribution(policy)
+    actions = expected.transforms[0](policy.mean + policy.log_std.exp() * noise)
+    torch.testing.assert_close(found.actions, actions, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.log_density, expected.log_prob(actions), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0], ids=["normal noise", "noise beyond tanh's range"])
+def test_one_action_per_observation(scale):
+    policy, noise = random_policy(), scale * torch.randn(B, A, dtype=DOUBLE)
+    found = sample_actions(policy, noise)
+    check(found, policy, noise)
+    assert (found.actions.abs() == 1).any() == (scale > 1)
+
+
+def test_several_actions_per_observation():
+    policy, noise = random_policy(), torch.randn(B, N, A, dtype=DOUBLE)
+    found = sample_actions(policy, noise)
+    assert found.actions.shape == (B, N, A) and found.log_density.shape == (B, N)
+    for number in range(N):
+        one = Sample(found.actions[:, number], found.log_density[:, number])
+        check(one, policy, noise[:, number])
+
+
+def test_density_of_given_actions():
+    policy, actions = random_policy(), torch.rand(B, A, dtype=DOUBLE) * 1.98 - 0.99
+    expected = distribution(policy).log_prob(actions)
+    torch.testing.assert_close(action_log_density(policy, actions), expected, rtol=0, atol=1e-5)
+
+
+def test_density_of_actions_on_the_edge_is_that_just_inside():
+    policy = random_policy()
+    edge = torch.randint(0, 2, (B, A)).to(DOUBLE) * 2 - 1
+    expected = distribution(policy).log_prob(edge * (1 - 1e-6))
+    torch.testing.assert_close(action_log_density(policy, edge), expected, rtol=0, atol=1e-5)
+
+
+def test_density_and_gradient_on_the_edge_are_finite_in_float32():
+    policy = Gaussian(*(x.requires_grad_() for x in random_policy(torch.float32)))
+    edge = torch.tensor([1.0, -1.0, 1.0]).expand(B, A)
+    found = action_log_density(policy, edge)
+    exact = Gaussian(*(x.detach().double() for x in policy))
+    inside = edge.clamp(-1 + 1e-6, 1 - 1e-6).double()
+    torch.testing.assert_close(
+        found.double(), distribution(exact).log_prob(inside), rtol=1e-4, atol=0
+    )
+    gradients = torch.autograd.grad(found.sum(), policy)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_saturated_samples_are_finite_in_float32():
+    """Where tanh rounds to 1, the density must not be taken from the action."""
+    policy = Gaussian(*(x.requires_grad_() for x in random_policy(torch.float32)))
+    noise = 40 * torch.randn(B, A)
+    found = sample_actions(policy, noise)
+    assert (found.actions.abs() == 1).any()
+    exact = Gaussian(*(x.detach().double() for x in policy))
+    expected = distribution(exact)
+    actions = expected.transforms[0](exact.mean + exact.log_std.exp() * noise.double())
+    torch.testing.assert_close(
+        found.log_density.double(), expected.log_prob(actions), rtol=1e-5, atol=1e-4
+    )
+    gradients = torch.autograd.grad(found.log_density.sum(), policy)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_density_of_one_dimension_integrates_to_one():
+    policy = Gaussian(torch.tensor([[0.3]], dtype=DOUBLE), torch.tensor([[-0.5]], dtype=DOUBLE))
+    actions = torch.linspace(-1 + 1e-5, 1 - 1e-5, 20_001, dtype=DOUBLE).unsqueeze(-1)
+    wide = Gaussian(*(x.expand(len(actions), 1) for x in policy))
+    density = action_log_density(wide, actions).exp()
+    assert torch.trapezoid(density, actions[:, 0]).item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("offset, bound", [(-100.0, -20.0), (100.0, 2.0)])
+def test_log_std_stays_within_its_bounds(offset, bound):
+    actor = Actor(S, A, Config())
+    actor.log_std_offset.data.fill_(offset)
+    assert torch.all(actor(torch.randn(B, S)).log_std == bound)
+
+
+def test_log_std_is_scaled_and_shifted():
+    actor = Actor(S, A, Config(hidden_dim=8))
+    observations = torch.randn(B, S)
+    with torch.no_grad():
+        start = actor(observations)
+        actor.log_std_multiplier.fill_(3.0)
+        actor.log_std_offset.fill_(0.25)
+        changed = actor(observations)
+    torch.testing.assert_close(changed.mean, start.mean)
+    torch.testing.assert_close(changed.log_std, 3 * (start.log_std + 1) + 0.25)
+
+
+def test_acting_takes_the_mean_and_exploring_a_sample():
+    agent = Agent(S, A, Config(hidden_dim=16), CPU)
+    agent.actor.layers[-1].bias.data[:] = torch.linspace(-1, 1, 2 * A)
+    observation = np.random.default_rng(0).normal(size=S).astype(np.float32)
+    policy = agent.actor(torch.from_numpy(observation)[None])
+    mean, std = policy.mean[0].detach(), policy.log_std[0].exp().detach()
+    action = agent.act(observation, explore=False)
+    assert action.shape == (A,) and action.dtype == np.float32
+    np.testing.assert_allclose(action, torch.tanh(mean), rtol=1e-6)
+    torch.manual_seed(0)
+    explored = np.stack([agent.act(observation, explore=True) for _ in range(2000)])
+    before_tanh = np.arctanh(explored.astype(np.float64).clip(-1 + 1e-9, 1 - 1e-9))
+    np.testing.assert_allclose(before_tanh.mean(0), mean, atol=0.2)
+    np.testing.assert_allclose(before_tanh.std(0), std, rtol=0.1)
+
+
+def layers_of(network: Actor | Critic) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(weight [outputs, inputs], bias) of every layer, both twins' for a critic."""
+    if isinstance(network, Actor):
+        return [(layer.weight, layer.bias) for layer in network.layers]
+    pairs = list(zip(network.weights, network.biases))
+    return [(weight[twin].T, bias[twin, 0]) for twin in range(2) for weight, bias in pairs]
+
+
+@pytest.mark.parametrize("kind", [Actor, Critic])
+def test_orthogonal_initialisation(kind):
+    """Gain sqrt 2 in hidden layers, 0.01 in the last, and no biases."""
+    config = Config(hidden_dim=32, q_n_hidden_layers=3, actor_n_hidden_layers=3)
+    layers = layers_of(kind(S, A, config))
+    assert len(layers) == (4 if kind is Actor else 8)
+    for number, (weight, bias) in enumerate(layers):
+        gain = 0.01 if number % 4 == 3 else math.sqrt(2)
+        values = torch.linalg.svdvals(weight)
+        torch.testing.assert_close(values, torch.full_like(values, gain), rtol=1e-4, atol=0)
+        assert not bias.any()
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_networks_start_near_zero_and_the_twins_apart(orthogonal):
+    torch.manual_seed(0)
+    agent = Agent(S, A, Config(orthogonal_init=orthogonal), CPU)
+    observations, actions = torch.randn(B, S), torch.rand(B, N, A) * 2 - 1
+    qs = agent.critic(observations, actions)
+    assert qs.shape == (2, B, N)
+    assert 0 < qs.abs().max() < 0.2
+    assert (qs[0] - qs[1]).abs().min() > 0
+    assert torch.equal(agent.target_critic(observations, actions), qs)
+    assert agent.actor(observations).mean.abs().max() < 0.2
+    targets = {parameter.data_ptr() for parameter in agent.target_critic.parameters()}
+    assert targets.isdisjoint(parameter.data_ptr() for parameter in agent.critic.parameters())

@@ -1,0 +1,448 @@
+"""Reading D4RL files: transitions against D4RL's own, returns-to-go against brute force."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from cal_ql import (
+    Config,
+    Dataset,
+    InputError,
+    Scaling,
+    Task,
+    episode_ends,
+    load_dataset,
+    read_dataset,
+    return_to_go,
+)
+
+LIMIT, S, A = 5, 3, 2
+TASK = SimpleNamespace(
+    observation_dim=S,
+    action_dim=A,
+    action_scale=np.ones(A, np.float32),
+    max_episode_steps=LIMIT,
+    is_locomotion=False,
+)
+SMALL_MAZE = Path(__file__).resolve().parents[1] / "datasets" / "maze2d-umaze-v1-small.hdf5"
+
+
+@pytest.fixture(scope="session")
+def maze() -> Task:
+    return Task("maze2d-umaze-v1")
+
+
+@pytest.fixture(scope="session")
+def d4rl(maze):
+    """The real D4RL, which imports once a task has been made."""
+    import d4rl
+
+    return d4rl
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("data") / "data.hdf5"
+
+
+def record(episodes, columns=("next_observations", "timeouts"), sparse=True, seed=0):
+    """Arrays in D4RL's layout of [(length, how it ended), ...], with random states and rewards."""
+    random = np.random.default_rng(seed)
+    rows = {name: [] for name in ("observations", "next_observations", "terminals", "timeouts")}
+    for length, ending in episodes:
+        states = random.normal(size=(length + 1, S)).astype(np.float32)
+        last = np.arange(length) == length - 1
+        rows["observations"].append(states[:-1])
+        rows["next_observations"].append(states[1:])
+        rows["terminals"].append(last & (ending == "terminal"))
+        rows["timeouts"].append(last & (ending == "timeout"))
+    raw = {name: np.concatenate(column) for name, column in rows.items()}
+    n = len(raw["terminals"])
+    raw["actions"] = random.uniform(-1, 1, (n, A)).astype(np.float32)
+    rewards = random.random(n) < 0.15 if sparse else random.normal(size=n)
+    raw["rewards"] = rewards.astype(np.float32)
+    unused = {"next_observations", "timeouts"} - set(columns)
+    return {name: column for name, column in raw.items() if name not in unused}
+
+
+def write(path: Path, raw: dict[str, np.ndarray]) -> str:
+    with h5py.File(path, "w") as file:
+        for name, column in raw.items():
+            file[name] = column
+    return str(path)
+
+
+def load(path: Path, raw: dict[str, np.ndarray], task=TASK, **options) -> Dataset:
+    return load_dataset(
+        Config(dataset_path=write(path, raw), **dict(normalize=False) | options), task
+    )
+
+
+ENDINGS = ("terminal", "timeout", "jump")  # jump: into another episode, and no flag says so
+COLUMNS = [(), ("timeouts",), ("next_observations",), ("next_observations", "timeouts")]
+
+
+@st.composite
+def recordings(draw, columns=None):
+    """Episodes of every ending, some longer than the limit, and the last cut short."""
+    lengths = st.integers(1, LIMIT + 2)
+    episodes = draw(st.lists(st.tuples(lengths, st.sampled_from(ENDINGS)), max_size=6))
+    episodes.append((draw(st.integers(1, LIMIT)), "cut"))
+    assume(sum(length for length, _ in episodes) > 1)
+    columns = draw(st.sampled_from(COLUMNS)) if columns is None else columns
+    return record(episodes, columns, draw(st.booleans()), draw(st.integers(0, 1000)))
+
+
+# -------------------------------------------------------------- brute force, a row at a time
+
+
+def brute_ends(raw) -> list[bool]:
+    ends, step, n = [], 0, len(raw["rewards"])
+    for row in range(n):
+        step += 1
+        end = row == n - 1 or bool(raw["terminals"][row])
+        end = end or (bool(raw["timeouts"][row]) if "timeouts" in raw else step == LIMIT)
+        if "next_observations" in raw and row < n - 1:
+            end = end or list(raw["next_observations"][row]) != list(raw["observations"][row + 1])
+        ends.append(end)
+        step = 0 if end else step
+    return ends
+
+
+def brute_returns(rewards, ends, discount, failure_reward=None) -> list[float]:
+    returns = []
+    for row in range(len(rewards)):
+        first, last = row, row
+        while first > 0 and not ends[first - 1]:
+            first -= 1
+        while not ends[last]:
+            last += 1
+        if failure_reward is not None and set(rewards[first : last + 1]) == {failure_reward}:
+            returns.append(failure_reward / (1 - discount))
+        else:
+            steps = range(last - row + 1)
+            returns.append(sum(discount**step * float(rewards[row + step]) for step in steps))
+    return returns
+
+
+# ---------------------------------------------------------------------------- transitions
+
+
+def check_transitions(found: Dataset, expected: dict[str, np.ndarray], skip: str = "") -> None:
+    """Bit for bit."""
+    for name in ("observations", "actions", "rewards", "next_observations", "terminals"):
+        if name != skip:
+            column = getattr(found.transitions, name)
+            assert column.dtype == np.float32
+            np.testing.assert_array_equal(column, expected[name], err_msg=name)
+
+
+@given(recordings(columns=("timeouts",)))
+def test_transitions_are_those_of_d4rl(path, d4rl, raw):
+    expected = d4rl.qlearning_dataset(SimpleNamespace(_max_episode_steps=LIMIT), raw)
+    assume(len(expected["rewards"]))
+    check_transitions(load(path, raw), expected)
+
+
+@given(recordings(columns=("next_observations", "timeouts")))
+def test_recorded_next_observations_are_taken_where_d4rl_takes_the_following_row(path, d4rl, raw):
+    expected = d4rl.qlearning_dataset(SimpleNamespace(_max_episode_steps=LIMIT), raw)
+    assume(len(expected["rewards"]))
+    found = load(path, raw)
+    check_transitions(found, expected, skip="next_observations")
+    kept = ~raw["timeouts"]
+    kept[-1] = False
+    np.testing.assert_array_equal(
+        found.transitions.next_observations, raw["next_observations"][kept]
+    )
+
+
+@given(
+    full=st.integers(0, 3),
+    short=st.lists(st.integers(1, LIMIT - 2), max_size=5),
+    rest=st.integers(1, LIMIT - 2),
+)
+def test_transitions_are_those_of_d4rl_without_timeouts(path, d4rl, full, short, rest):
+    """Up to D4RL's count of steps, which after a terminal starts at one; so no such episode here
+    is as long as the limit.
+    """
+    episodes = [(LIMIT, "timeout")] * full + [(length, "terminal") for length in short]
+    raw = record([*episodes, (rest, "cut")], columns=())
+    expected = d4rl.qlearning_dataset(SimpleNamespace(_max_episode_steps=LIMIT), raw)
+    assume(len(expected["rewards"]))
+    check_transitions(load(path, raw), expected)
+
+
+def test_the_length_limit_counts_from_a_terminal(path):
+    raw = record([(2, "terminal"), (LIMIT, "timeout"), (2, "cut")], columns=())
+    kept = [0, 1, 2, 3, 4, 5, 7]
+    np.testing.assert_array_equal(load(path, raw).transitions.actions, raw["actions"][kept])
+
+
+def test_the_small_maze_file_is_read_as_d4rl_reads_it(maze, d4rl):
+    raw = maze.env.get_dataset(h5path=str(SMALL_MAZE))
+    expected = d4rl.qlearning_dataset(maze.env, raw)
+    config = Config(dataset_path=str(SMALL_MAZE), normalize=False)
+    check_transitions(load_dataset(config, maze), expected)
+
+
+def test_actions_are_scaled_into_the_unit_box(path):
+    raw = record([(4, "cut")])
+    wide = SimpleNamespace(**vars(TASK) | {"action_scale": np.array([2.0, 4.0], np.float32)})
+    found = load(path, raw | {"actions": raw["actions"] * wide.action_scale}, wide)
+    np.testing.assert_array_equal(found.transitions.actions, raw["actions"][:-1])
+
+
+def test_columns_of_shape_n_by_1_and_float64_are_read(path):
+    raw = record([(3, "timeout"), (3, "cut")], sparse=False)
+    expected = load(path, raw).transitions
+    for name in ("rewards", "terminals", "timeouts"):
+        raw[name] = raw[name][:, None]
+    found = load(path, {name: column.astype(np.float64) for name, column in raw.items()})
+    for one, other in zip(found.transitions, expected):
+        np.testing.assert_array_equal(one, other)
+
+
+# ---------------------------------------------------------- episodes and their returns-to-go
+
+
+@given(recordings())
+def test_episodes_end_where_they_should(raw):
+    before = {name: column.copy() for name, column in raw.items()}
+    ends, _ = episode_ends(raw, LIMIT)
+    assert ends.tolist() == brute_ends(raw)
+    for name in raw:  # the input is left as it was
+        np.testing.assert_array_equal(raw[name], before[name])
+
+
+@given(recordings(), st.sampled_from([0.0, 0.5, 0.99]), st.booleans())
+def test_returns_to_go(raw, discount, sparse):
+    ends = np.array(brute_ends(raw))
+    failure_reward = float(raw["rewards"].min()) if sparse else None
+    found = return_to_go(raw["rewards"], ends, discount, failure_reward)
+    expected = brute_returns(raw["rewards"], ends, discount, failure_reward)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@given(recordings(), st.booleans())
+def test_loaded_returns_count_the_rewards_of_dropped_rows(path, raw, sparse):
+    scale, bias, discount = 10.0, -5.0, 0.9
+    dropped = np.array(brute_truncated(raw))
+    assume(not dropped.all())
+    found = load(
+        path,
+        raw,
+        reward_scale=scale,
+        reward_bias=bias,
+        discount=discount,
+        is_sparse_reward=sparse,
+    )
+    rewards = [float(np.float32(reward * scale) + np.float32(bias)) for reward in raw["rewards"]]
+    ends, failure = brute_ends(raw), min(rewards) if sparse else None
+    expected = np.array(brute_returns(rewards, ends, discount, failure))[~dropped]
+    assert found.failure_reward == failure
+    assert found.n_episodes == sum(ends)
+    np.testing.assert_allclose(found.transitions.returns_to_go, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found.transitions.rewards, np.float32(rewards)[~dropped])
+
+
+def brute_truncated(raw) -> list[bool]:
+    """Rows without a next observation: cut by the time limit, or the file's last."""
+    dropped, step, n = [], 0, len(raw["rewards"])
+    for row, end in enumerate(brute_ends(raw)):
+        step += 1
+        flag = bool(raw["timeouts"][row]) if "timeouts" in raw else step == LIMIT
+        dropped.append(flag or row == n - 1)
+        step = 0 if end else step
+    return dropped
+
+
+def test_a_failed_sparse_episode_fails_for_ever(path):
+    """Failed: the first, of AntMaze's rewards (r - 0.5) * 10. The second succeeds, then leaves."""
+    raw = record([(3, "timeout"), (3, "timeout"), (2, "cut")])
+    raw["rewards"][:] = [0, 0, 0, 0, 1, 0, 0, 1]
+    options = dict(reward_scale=10.0, reward_bias=-5.0, discount=0.5)
+    found = load(path, raw, is_sparse_reward=True, **options).transitions.returns_to_go
+    np.testing.assert_allclose(found, [-10, -10, -5 + 2.5 - 1.25, 5 - 2.5, -5 + 2.5])
+    dense = load(path, raw, is_sparse_reward=False, **options).transitions.returns_to_go
+    np.testing.assert_allclose(dense, [-8.75, -7.5, -3.75, 2.5, -2.5])
+
+
+# ---------------------------------------------------------------------------- scaling
+
+
+def test_observations_are_normalised_by_the_files_statistics(path):
+    raw = record([(4, "timeout"), (3, "terminal"), (4, "cut")])
+    raw["observations"] *= [1.0, 100.0, 0.0]  # the last never varies
+    raw["next_observations"] *= [1.0, 100.0, 0.0]
+    found = load(path, raw, normalize=True)
+    observations = raw["observations"].astype(np.float64)
+    mean, std = observations.mean(0), observations.std(0) + 1e-3
+    kept = ~raw["timeouts"] & (np.arange(11) < 10)
+    for name in ("observations", "next_observations"):
+        expected = (raw[name][kept] - mean) / std
+        np.testing.assert_allclose(getattr(found.transitions, name), expected, rtol=1e-5, atol=1e-5)
+    online = found.scaling.observation(raw["observations"][0])
+    assert online.dtype == np.float32
+    np.testing.assert_array_equal(online, found.transitions.observations[0])
+
+
+def test_locomotion_rewards_are_divided_by_the_range_of_returns(path):
+    raw = record([(4, "timeout"), (3, "terminal"), (4, "cut")], sparse=False)
+    returns = [raw["rewards"][rows].sum() for rows in (slice(0, 4), slice(4, 7), slice(7, 11))]
+    factor = 2.0 * LIMIT / (max(returns) - min(returns))
+    kept = ~raw["timeouts"] & (np.arange(11) < 10)
+    options = dict(normalize_reward=True, reward_scale=2.0, reward_bias=1.0)
+    running = SimpleNamespace(**vars(TASK) | {"is_locomotion": True})
+    found = load(path, raw, running, **options).transitions.rewards
+    np.testing.assert_allclose(found, raw["rewards"][kept] * factor + 1, rtol=1e-5)
+    with_goal = load(path, raw, **options).transitions.rewards
+    np.testing.assert_allclose(with_goal, raw["rewards"][kept] * 2 + 1, rtol=1e-5)
+
+
+def test_a_single_episode_has_no_range_of_returns(path):
+    raw = record([(4, "cut")], sparse=False)
+    running = SimpleNamespace(**vars(TASK) | {"is_locomotion": True})
+    rewards = load(path, raw, running, normalize_reward=True).transitions.rewards
+    assert np.isfinite(rewards).all() and len(set(rewards)) == 3
+
+
+floats = st.floats(-100, 100)
+
+
+@given(st.lists(floats, min_size=1, max_size=20), floats, floats)
+@example([1 / 3, 0.1, -5.3], 10.1, -0.7)
+def test_equal_rewards_stay_equal_offline_and_online(rewards, scale, bias):
+    """The dataset scales one array of float32, the collector one float of the simulator's."""
+    scaling = Scaling(np.zeros(S, np.float32), np.ones(1, np.float32), scale, bias)
+    offline = scaling.reward(np.array(rewards, np.float32))
+    online = [scaling.reward(reward) for reward in rewards]
+    assert offline.dtype == np.float32 and all(x.dtype == np.float32 for x in online)
+    np.testing.assert_array_equal(offline, online)
+    np.testing.assert_allclose(
+        offline, np.array(rewards) * scale + bias, rtol=1e-5, atol=1e-5 * (1 + abs(bias))
+    )
+
+
+# ---------------------------------------------------------------------------- bad files
+
+
+def good() -> dict[str, np.ndarray]:
+    return record([(3, "terminal"), (3, "timeout"), (4, "cut")])
+
+
+def changed(name, change):
+    """The good file but for one column."""
+    return lambda: good() | {name: change(good()[name])}
+
+
+def with_entry(value):
+    def change(column):
+        column = column.astype(np.float64)
+        column.flat[1] = value
+        return column
+
+    return change
+
+
+BAD_FILES = {
+    "missing key": (lambda: {k: v for k, v in good().items() if k != "actions"}, "lacks actions;"),
+    "missing keys": (
+        lambda: {k: v for k, v in good().items() if k in ("actions", "timeouts")},
+        "lacks observations, rewards, terminals;",
+    ),
+    "no columns": (dict, "lacks observations, actions, rewards, terminals"),
+    "no rows": (lambda: {k: v[:0] for k, v in good().items()}, "it has 0 rows"),
+    "one row": (lambda: {k: v[:1] for k, v in good().items()}, "it has 1 rows"),
+    "wide observations": (
+        changed("observations", lambda x: np.zeros((10, 4))),
+        r"observations has shape \(10, 4\), the task needs \(10, 3\)",
+    ),
+    "flat actions": (
+        changed("actions", lambda x: np.zeros(10)),
+        r"actions has shape \(10,\), the task needs \(10, 2\)",
+    ),
+    "wide next observations": (
+        changed("next_observations", lambda x: np.zeros((10, 4))),
+        r"next_observations has shape \(10, 4\), the task needs \(10, 3\)",
+    ),
+    "short terminals": (
+        changed("terminals", lambda x: x[:9]),
+        r"terminals has shape \(9,\), the task needs \(10,\)",
+    ),
+    "NaN observation": (changed("observations", with_entry(math.nan)), "observations holds NaN"),
+    "NaN action": (changed("actions", with_entry(math.nan)), "actions holds NaN"),
+    "infinite reward": (changed("rewards", with_entry(math.inf)), "rewards holds NaN or infinite"),
+    "NaN next observation": (
+        changed("next_observations", with_entry(math.nan)),
+        "next_observations holds NaN",
+    ),
+    "action too large": (changed("actions", with_entry(1.25)), r"reach 1\.25, expected \[-1, 1\]"),
+    "action too small": (changed("actions", with_entry(-1.01)), r"reach 1\.01, expected \[-1, 1\]"),
+}
+
+
+def check_refusal(path: Path, problem: str) -> None:
+    with pytest.raises(InputError, match=problem) as caught:
+        read_dataset(path, TASK)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make, problem", BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_files_are_refused(path, make, problem):
+    write(path, make())
+    check_refusal(path, problem)
+
+
+@pytest.mark.parametrize("kind", ["group", "scalar"])
+def test_a_column_that_is_no_array_is_refused(path, kind):
+    write(path, {k: v for k, v in good().items() if k != "rewards"})
+    with h5py.File(path, "a") as file:
+        if kind == "group":
+            file.create_group("rewards")
+        else:
+            file["rewards"] = 1.0
+    check_refusal(path, "not a whole HDF5 file")
+
+
+def test_the_good_file_is_good(path):
+    raw = good()
+    write(path, raw)
+    found = read_dataset(path, TASK)
+    assert set(found) == set(raw)
+    for name in raw:
+        np.testing.assert_array_equal(found[name], raw[name])
+
+
+@given(st.floats(0, 1, exclude_max=True), st.sampled_from([None, "gzip"]))
+@example(0.0, None)
+def test_a_file_cut_short_is_refused(path, share, compression):
+    with h5py.File(path, "w") as file:
+        for name, column in good().items():
+            file.create_dataset(name, data=column, compression=compression)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    check_refusal(path, "not a whole HDF5 file")
+
+
+def test_no_file_and_text_are_refused(path, tmp_path):
+    config = Config(dataset_path=str(tmp_path / "nothing.hdf5"), env="maze2d-umaze-v1")
+    with pytest.raises(InputError, match="dataset_path: there is no file .*nothing.hdf5"):
+        load_dataset(config, TASK)
+    path.write_text("<html>404</html>")
+    check_refusal(path, "not a whole HDF5 file")
+
+
+def test_the_buffer_must_hold_the_dataset(path):
+    raw = good()  # ten rows, of which a timeout and the last are no transitions
+    assert len(load(path, raw, buffer_size=8).transitions.rewards) == 8
+    with pytest.raises(InputError, match=r"buffer_size: found 7, expected at least the 8 .*hdf5"):
+        load(path, raw, buffer_size=7)
