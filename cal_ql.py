@@ -34,6 +34,7 @@ import threading
 import time
 import urllib.request
 import uuid
+import zipfile
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -962,24 +963,30 @@ class Episode:
 
     def __init__(self, task: Task, seed: int):
         self.task, self.seed = task, seed
-        self.observation = task.reset(seed)  # [S]
         self.actions: list[np.ndarray] = []
         self.rewards: list[float] = []  # the task's own, not scaled
         self.success = self.terminal = self.over = False
+        with self.named_failure():
+            self.observation = task.reset(seed)  # [S]
 
     def step(self, action: np.ndarray) -> float:
         """Play one action [A]; returns the reward."""
-        try:
+        with self.named_failure():
             self.observation, reward, self.terminal, truncated, success = self.task.step(action)
-        except Exception as error:  # whatever a simulator raises
-            reason = f"{type(error).__name__}: {error}"
-            where = f"step {len(self.actions)} of the episode with seed {self.seed}"
-            raise EnvironmentFailure(f"the environment failed at {where} ({reason})") from error
         self.actions.append(action)
         self.rewards.append(reward)
         self.success |= success
         self.over = self.terminal or truncated
         return reward
+
+    @contextlib.contextmanager
+    def named_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a simulator raises
+            where = f"step {len(self.actions)} of the episode with seed {self.seed}"
+            reason = f"{type(error).__name__}: {error}"
+            raise EnvironmentFailure(f"the environment failed at {where} ({reason})") from error
 
     @property
     def score(self) -> float:
@@ -1000,14 +1007,14 @@ class Collector:
         self.episode: Optional[Episode] = None
         self.rows: list[Batch] = []  # the running episode's transitions
 
-    def begin_episode(self) -> Episode:
-        return Episode(self.task, episode_seed(self.config.seed, "train", self.begun))
+    def begin_episode(self, number: int) -> Episode:
+        return Episode(self.task, episode_seed(self.config.seed, "train", number))
 
     def step(self, agent: Agent) -> dict[str, float]:
         """Take one environment step; returns the episode's metrics if that ended it."""
         if self.episode is None:
+            self.episode = self.begin_episode(self.begun + 1)
             self.begun += 1
-            self.episode = self.begin_episode()
         observation = self.dataset.scaling.observation(self.episode.observation)
         return self.play(agent.act(observation, explore=True))
 
@@ -1052,7 +1059,7 @@ class Collector:
         self.buffer.add(stored)
         self.begun, self.failures = state["begun"], state["failures"]
         if state["actions"] is not None:
-            self.episode = self.begin_episode()
+            self.episode = self.begin_episode(self.begun)
             for action in state["actions"].cpu().numpy():
                 self.play(action)
 
@@ -1173,6 +1180,9 @@ def step_of(checkpoint: Path) -> int:
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     """Read a checkpoint; raises `InputError` where it is missing or not whole."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load does not look at the checksums
+                raise ValueError(f"{damaged} is damaged")
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None
@@ -1352,7 +1362,7 @@ class Run:
         dims = self.task.observation_dim, self.task.action_dim
         self.offline = ReplayBuffer(len(self.dataset.transitions.rewards), *dims, self.device)
         self.offline.add(self.dataset.transitions)
-        online_capacity = min(config.buffer_size, config.online_iterations)
+        online_capacity = max(1, min(config.buffer_size, config.online_iterations))
         self.online = ReplayBuffer(online_capacity, *dims, self.device)
         self.agent = Agent(*dims, config, self.device)
         self.collector = Collector(self.task, self.dataset, self.online, config)
@@ -1366,7 +1376,12 @@ class Run:
         Returns the metrics of the training episode that this step ended, if it did.
         """
         config, online = self.config, self.step >= self.config.offline_iterations
-        ended = self.collector.step(self.agent) if online else {}
+        before = self.random_states()
+        try:
+            ended = self.collector.step(self.agent) if online else {}
+        except EnvironmentFailure:
+            self.set_random_states(before)  # as if the step had not been tried
+            raise
         self.step += 1
         for _ in range(config.online_utd_ratio if online else 1):
             if not online:
@@ -1399,8 +1414,7 @@ class Run:
             "agent": self.agent.state_dict(),
             "collector": self.collector.state_dict(),
             "metrics": dict(vars(self.metrics)),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "random_states": self.random_states(),
         }
 
     def load_state_dict(self, state: dict[str, Any], stored: Batch) -> None:
@@ -1409,8 +1423,17 @@ class Run:
         self.agent.load_state_dict(state["agent"])
         self.collector.load_state_dict(state["collector"], stored)
         vars(self.metrics).update(state["metrics"])
-        torch.set_rng_state(state["rng"].cpu())
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+        self.set_random_states(state["random_states"])
+
+    def random_states(self) -> list[Tensor]:
+        """Of the CPU and, if it is used, the GPU."""
+        cuda = self.device.type == "cuda"
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if cuda else [])]
+
+    def set_random_states(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0].cpu())
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state.cpu(), self.device)
 
     def summary(self) -> str:
         n, episodes = self.offline.size, self.dataset.n_episodes
@@ -1485,14 +1508,15 @@ def train(config: Config) -> None:
 
 def train_loop(run: Run, log: Log, directory: Optional[RunDirectory], signals: StopSignals) -> None:
     config = run.config
-    saved_at = run.step
+    saved = run.step, run.evaluated_at
     while True:
         with log.paused():
             if config.is_due(run.step, config.eval_freq) and run.evaluated_at != run.step:
                 log.write_scores(run.step, run.evaluate(signals.check))
-            if config.is_due(run.step, config.checkpoint_freq) and saved_at != run.step:
+            now = run.step, run.evaluated_at
+            if config.is_due(run.step, config.checkpoint_freq) and saved != now:
                 save(run, directory)
-                saved_at = run.step
+                saved = now
         if run.step == config.total_steps:
             return
         signals.check()
