@@ -1253,7 +1253,7 @@ class WandbWriter:
             while (record := self.records.get()) is not None:
                 if record["step"] >= run.step:  # a resumed run sends nothing twice
                     run.log(record, step=record["step"])
-            run.finish(quiet=True)
+            run.finish()
         except Exception as error:
             print(f"W&B stopped ({error}); training goes on, metrics.jsonl is complete")
 

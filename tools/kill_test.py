@@ -1,0 +1,105 @@
+"""Kill a short run (-9) at random moments of both phases, and restart it each time until it ends.
+
+    python tools/kill_test.py --kills 20
+
+Its metrics, networks, optimizers and stored transitions must equal, bit for bit, those of a run
+that was left alone; what differs is printed, and the exit code is 1.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = f"""--env maze2d-umaze-v1 --dataset_path {ROOT}/datasets/maze2d-umaze-v1-small.hdf5 --device cpu
+    --offline_iterations 110 --online_iterations 390 --eval_freq 100 --checkpoint_freq 20
+    --log_freq 10 --n_episodes 1 --hidden_dim 8 --batch_size 16 --cql_n_actions 2
+    --checkpoints_path .""".split()
+
+
+def start(directory: Path, *options: str, **settings: Any) -> subprocess.Popen:
+    """The run of `directory`, as a process of its own; `settings` are those of Popen."""
+    command = [sys.executable, ROOT / "cal_ql.py", *RUN, *options]
+    env = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **os.environ}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=directory, **{"env": env, **pipes, **settings})
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    """What is written so far, whole lines alone, of the one run below `directory`."""
+    text = "".join(path.read_text() for path in directory.glob("*/metrics.jsonl"))
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def wait_until(process: subprocess.Popen, holds: Callable[[], bool]) -> None:
+    """Return as soon as `holds()`; raises RuntimeError where the process ends before."""
+    while not holds():
+        if process.poll() is not None:
+            raise RuntimeError(f"the run ended too early: {finish(process)}")
+        time.sleep(0.0005)
+
+
+def flatten(value: Any, name: str) -> dict[str, Any]:
+    """The leaves of nested containers by their path, tensors as bytes."""
+    if isinstance(value, (dict, list)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in pairs for k, v in flatten(part, f"{name} {key}").items()}
+    return {name: np.asarray(value).tobytes() if torch.is_tensor(value) else value}
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Names of all that differs between the outcomes of the runs below two directories."""
+    outcomes = []
+    for directory in (one, other):
+        (run,) = (path.parent for path in directory.glob("*/metrics.jsonl"))
+        final = max(run.glob("checkpoint_*.pt"), key=lambda path: int(path.stem[11:]))
+        metrics = [{**record, "updates_per_second": None} for record in records(directory)]
+        checkpoint = {**torch.load(final, weights_only=True), "sizes": None}  # rates vary in length
+        outcome = {"transitions": (run / "transitions.bin").read_bytes(), "file": final.name}
+        outcomes.append(outcome | flatten(metrics, "record") | flatten(checkpoint, "checkpoint"))
+    a, b = outcomes
+    return [name for name in {**a, **b} if a.get(name, "none") != b.get(name, "none")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=20, help="default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments, default %(default)s")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        left_alone, killed = Path(folder, "left_alone"), Path(folder, "killed")
+        left_alone.mkdir(), killed.mkdir()
+        finish(start(left_alone))
+        for step in sorted(rng.randrange(490) for _ in range(args.kills)):
+            process = start(killed)
+            wait_until(process, lambda: any(r["step"] >= step for r in records(killed)))  # noqa: B023
+            time.sleep(rng.uniform(0.0, 0.1))
+            process.kill()
+            print(
+                f"killed after step {records(killed)[-1]['step']}", process.communicate()[0][-60:]
+            )
+        print(start(killed).communicate()[0])
+        different = differences(left_alone, killed)
+    print(f"{args.kills} kills, {len(different)} differences", *different, sep="\n")
+    sys.exit(bool(different))
+
+
+if __name__ == "__main__":
+    main()
