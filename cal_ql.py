@@ -351,11 +351,10 @@ def download(url: str, path: Path, env_name: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
             size = int(response.headers.get("Content-Length", 0))
-            bar = tqdm(total=size or None, desc=path.name, unit="B", unit_scale=True)
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                bar.update(len(chunk))
-            bar.close()
+            with tqdm(total=size or None, desc=path.name, unit="B", unit_scale=True) as bar:
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
             if bar.n < size:
                 raise OSError(f"the connection ended after {bar.n} of {size} bytes")
         os.replace(part, path)
@@ -1541,7 +1540,7 @@ def main() -> None:
         print(f"cal_ql.py: {stop}; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + stop.signum)
     except (InputError, RunError) as error:
-        print(f"cal_ql.py: error: {error}", file=sys.stderr)
+        print("cal_ql.py: error:", *str(error).split(), file=sys.stderr)  # one line, always
         sys.exit(2 if isinstance(error, InputError) else 1)
 
 
