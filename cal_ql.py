@@ -1234,7 +1234,7 @@ class WandbWriter:
             "name": config.run_name,
             "config": dataclasses.asdict(config),
             "dir": directory,
-            "settings": wandb.Settings(init_timeout=20),
+            "settings": wandb.Settings(init_timeout=20, quiet=True),
         }
         if directory:
             name = directory / "wandb_id"
@@ -1260,6 +1260,7 @@ class WandbWriter:
         mode = os.environ.get("WANDB_MODE")
         if mode is None and not wandb.login(prompt=False):
             print("W&B: no API key, so it records offline; `wandb sync` uploads that later")
+            self.options["settings"].silent = True
             mode = "offline"
         try:
             return wandb.init(mode=mode, **self.options)
@@ -1489,7 +1490,7 @@ def train(config: Config) -> None:
     start_or_resume(run, directory)
     print(run.summary())
     log = Log(config, directory, run.step)
-    patience = 3.0  # seconds for W&B's last records, when there is a hurry
+    patience = 1.0  # seconds for W&B's last records, when there is a hurry
     try:
         try:
             train_loop(run, log, directory, signals)
