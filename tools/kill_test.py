@@ -18,22 +18,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN = f"""--env maze2d-umaze-v1 --dataset_path {ROOT}/datasets/maze2d-umaze-v1-small.hdf5 --device cpu
-    --offline_iterations 110 --online_iterations 390 --eval_freq 100 --checkpoint_freq 20
-    --log_freq 10 --n_episodes 1 --hidden_dim 8 --batch_size 16 --cql_n_actions 2
-    --checkpoints_path .""".split()
+RUN = ["--dataset_path", f"{ROOT}/datasets/maze2d-umaze-v1-small.hdf5", "--checkpoints_path", "."]
+RUN += """--env maze2d-umaze-v1 --device cpu --offline_iterations 110 --online_iterations 390
+    --eval_freq 100 --checkpoint_freq 20 --log_freq 10 --n_episodes 1 --hidden_dim 8
+    --batch_size 16 --cql_n_actions 2""".split()
 
 
 def start(directory: Path, *options: str, **settings: Any) -> subprocess.Popen:
-    """The run of `directory`, as a process of its own; `settings` are those of Popen."""
-    command = [sys.executable, ROOT / "cal_ql.py", *RUN, *options]
-    env = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **os.environ}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=directory, **{"env": env, **pipes, **settings})
+    """The run below `directory`, as a process of its own; `settings` are those of Popen."""
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **settings}
+    settings.setdefault("env", {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **os.environ})
+    command = [sys.executable, str(ROOT / "cal_ql.py"), *RUN, *options]
+    return subprocess.Popen(command, cwd=directory, **settings)
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
@@ -42,7 +41,7 @@ def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
-    """What is written so far, whole lines alone, of the one run below `directory`."""
+    """The whole lines of metrics.jsonl so far, of the one run below `directory`."""
     text = "".join(path.read_text() for path in directory.glob("*/metrics.jsonl"))
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
@@ -56,24 +55,26 @@ def wait_until(process: subprocess.Popen, holds: Callable[[], bool]) -> None:
 
 
 def flatten(value: Any, name: str) -> dict[str, Any]:
-    """The leaves of nested containers by their path, tensors as bytes."""
+    """The leaves of nested dicts and lists by their path, tensors as bytes."""
     if isinstance(value, (dict, list)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for key, part in pairs for k, v in flatten(part, f"{name} {key}").items()}
-    return {name: np.asarray(value).tobytes() if torch.is_tensor(value) else value}
+    return {name: value.numpy().tobytes() if torch.is_tensor(value) else value}
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """All that the run below `directory` leaves, but for its rates of updates."""
+    (transitions,) = directory.glob("*/transitions.bin")
+    final = max(transitions.parent.glob("checkpoint_*.pt"), key=lambda path: int(path.stem[11:]))
+    metrics = [{**record, "updates_per_second": None} for record in records(directory)]
+    checkpoint = {**torch.load(final, weights_only=True), "sizes": None}  # rates vary in length
+    leaves = flatten(metrics, "record") | flatten(checkpoint, "checkpoint")
+    return {"file": final.name, "transitions": transitions.read_bytes(), **leaves}
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Names of all that differs between the outcomes of the runs below two directories."""
-    outcomes = []
-    for directory in (one, other):
-        (run,) = (path.parent for path in directory.glob("*/metrics.jsonl"))
-        final = max(run.glob("checkpoint_*.pt"), key=lambda path: int(path.stem[11:]))
-        metrics = [{**record, "updates_per_second": None} for record in records(directory)]
-        checkpoint = {**torch.load(final, weights_only=True), "sizes": None}  # rates vary in length
-        outcome = {"transitions": (run / "transitions.bin").read_bytes(), "file": final.name}
-        outcomes.append(outcome | flatten(metrics, "record") | flatten(checkpoint, "checkpoint"))
-    a, b = outcomes
+    """Names of what differs between the outcomes of the runs below two directories."""
+    a, b = outcome(one), outcome(other)
     return [name for name in {**a, **b} if a.get(name, "none") != b.get(name, "none")]
 
 
@@ -83,20 +84,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments, default %(default)s")
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        left_alone, killed = Path(folder, "left_alone"), Path(folder, "killed")
-        left_alone.mkdir(), killed.mkdir()
-        finish(start(left_alone))
+    with tempfile.TemporaryDirectory() as left_alone, tempfile.TemporaryDirectory() as killed:
+        finish(start(Path(left_alone)))
         for step in sorted(rng.randrange(490) for _ in range(args.kills)):
-            process = start(killed)
-            wait_until(process, lambda: any(r["step"] >= step for r in records(killed)))  # noqa: B023
+            process = start(Path(killed))
+            wait_until(process, lambda: any(r["step"] >= step for r in records(Path(killed))))  # noqa: B023
             time.sleep(rng.uniform(0.0, 0.1))
             process.kill()
-            print(
-                f"killed after step {records(killed)[-1]['step']}", process.communicate()[0][-60:]
-            )
-        print(start(killed).communicate()[0])
-        different = differences(left_alone, killed)
+            print(f"killed after step {records(Path(killed))[-1]['step']}:", finish(process).stdout)
+        print(finish(start(Path(killed))).stdout)
+        different = differences(Path(left_alone), Path(killed))
     print(f"{args.kills} kills, {len(different)} differences", *different, sep="\n")
     sys.exit(bool(different))
 

@@ -1,0 +1,384 @@
+"""Runs that are killed, stopped or hit by a fault go on as if nothing had happened, or say why not.
+
+A run left alone is the measure: its metrics, checkpoints and stored transitions, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_cli import (
+    SMALL,
+    cal_ql,
+    call,
+    error_line,
+    kill_test,
+    newest,
+    only_run,
+    parse,
+    write_dataset,
+)
+
+RUN = kill_test.RUN  # 110 steps offline, then an episode that ends at step 410, then 90 of another
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("left_alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert call(*RUN).returncode == 0
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def copied(left_alone: Path, folder: Path) -> Path:
+    """A copy of that folder, in which the run is finished, as working directory."""
+    shutil.copytree(left_alone, folder, dirs_exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def at_call(owner: type, name: str, number: int, act: Callable[[], Any]) -> Iterator[None]:
+    """Within, the call of that number of the method `owner.name` does `act` first."""
+    method, calls = getattr(owner, name), iter(range(1, 10**9))
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            act()
+        return method(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, counting)
+        yield
+
+
+def send(signum: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), signum)
+
+
+def step_reached(folder: Path, step: int) -> Callable[[], bool]:
+    return lambda: any(record["step"] >= step for record in kill_test.records(folder))
+
+
+def stopped_by(process: subprocess.Popen, signum: int) -> tuple[int, float]:
+    """Exit code after a signal, and the seconds that took."""
+    begin = time.monotonic()
+    process.send_signal(signum)
+    process.communicate(timeout=60)
+    return process.returncode, time.monotonic() - begin
+
+
+# ---------------------------------------------------------------------------- kill -9
+
+
+def test_kills_at_any_moment_leave_no_trace(left_alone: Path, folder: Path) -> None:
+    moments = {
+        "before the first checkpoint": step_reached(folder, 10),
+        "evaluating, for that follows the means": step_reached(folder, 100),
+        "writing a checkpoint": lambda: any(folder.glob("*/*.part")),
+        "in mid-episode": step_reached(folder, 250),
+        "between an episode's end and a checkpoint": step_reached(folder, 410),
+    }
+    for holds in moments.values():
+        process = kill_test.start(folder)
+        kill_test.wait_until(process, holds)
+        assert stopped_by(process, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert kill_test.finish(kill_test.start(folder)).returncode == 0
+    assert kill_test.differences(left_alone, folder) == []
+
+
+# ---------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(
+    ("method", "number", "step"),
+    [
+        pytest.param((cal_ql.Agent, "update"), 70, 70, id="offline"),
+        pytest.param((cal_ql.Task, "step"), 150, 100, id="evaluating"),
+        pytest.param((cal_ql.Task, "step"), 450, 110, id="evaluating between the phases"),
+        pytest.param((cal_ql.Task, "step"), 640, 150, id="in mid-episode"),
+        pytest.param((cal_ql.Task, "step"), 2000, 500, id="in the last evaluation"),
+    ],
+)
+def test_sigterm_saves_this_very_step_and_leaves_no_trace(
+    method: tuple[type, str], number: int, step: int, left_alone: Path, folder: Path
+) -> None:
+    with at_call(*method, number, send(signal.SIGTERM)):
+        assert call(*RUN).returncode == 143
+    assert newest(folder).name == f"checkpoint_{step}.pt"
+    assert torch.load(newest(folder), weights_only=True)["step"] == step
+    assert call(*RUN).returncode == 0
+    assert kill_test.differences(left_alone, folder) == []
+
+
+def test_signals_end_a_process_in_time_and_leave_no_trace(left_alone: Path, folder: Path) -> None:
+    for signum, step, code in ((signal.SIGTERM, 30, 143), (signal.SIGINT, 150, 130)):
+        process = kill_test.start(folder)
+        kill_test.wait_until(process, step_reached(folder, step))
+        stopped, seconds = stopped_by(process, signum)
+        assert (stopped, seconds < 5) == (code, True)
+    # two at once: what the first one asks for is not waited for
+    process = kill_test.start(folder)
+    kill_test.wait_until(process, step_reached(folder, 250))
+    process.send_signal(signal.SIGSTOP)
+    saved = newest(folder)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    assert stopped_by(process, signal.SIGCONT)[0] in (143, 130)
+    assert newest(folder) == saved
+
+    assert kill_test.finish(kill_test.start(folder)).returncode == 0
+    assert kill_test.differences(left_alone, folder) == []
+
+
+# ---------------------------------------------------------------------------- run directories
+
+
+def test_a_second_process_on_a_run_is_refused(folder: Path) -> None:
+    process = kill_test.start(folder)
+    try:
+        kill_test.wait_until(process, step_reached(folder, 10))
+        assert str(only_run(Path())) in error_line(call(*RUN))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_finished_run_started_again_changes_nothing(copied: Path) -> None:
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in only_run(copied).iterdir()}
+
+    before = contents()
+    assert call(*RUN).returncode == 0
+    assert contents() == before
+
+
+def test_runs_of_other_options_have_other_directories() -> None:
+    others = ["--seed 1", "--env antmaze-umaze-v2", "--calibrate false", "--reward_bias 1"]
+    configs = [parse(*RUN, *options.split()) for options in ["", *others]]
+    assert len({config.run_name for config in configs}) == len(configs)
+    assert parse(*reversed_pairs(RUN)).run_name == parse(*RUN).run_name
+
+
+def reversed_pairs(options: list[str]) -> list[str]:
+    pairs = list(zip(options[::2], options[1::2]))
+    return [part for pair in reversed(pairs) for part in pair]
+
+
+def test_an_existing_run_is_left_alone_where_resume_is_false(copied: Path) -> None:
+    before = (only_run(copied) / "metrics.jsonl").read_bytes()
+    assert "resume" in error_line(call(*RUN, "--resume", "false"))
+    assert (only_run(copied) / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["/sys/runs", f"{__file__}/runs"])
+def test_a_directory_that_cannot_be_written_gives_one_line(place: str, folder: Path) -> None:
+    assert place in error_line(call(*RUN, "--checkpoints_path", place))
+
+
+def test_a_run_without_an_online_phase_resumes(folder: Path) -> None:
+    options = [*RUN, "--online_iterations", 0]
+    with at_call(cal_ql.Agent, "update", 70, send(signal.SIGTERM)):
+        assert call(*options).returncode == 143
+    assert call(*options).returncode == 0
+    assert [r["step"] for r in kill_test.records(folder)] == sorted([*range(10, 111, 10), 100, 110])
+
+
+# ---------------------------------------------------------------------------- broken files
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the weights: torch.load itself does not notice."""
+    saved = torch.load(path, weights_only=True)["agent"]["critic"]
+    data = bytearray(path.read_bytes())
+    data[data.index(saved["weights.1"].numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit])
+def test_a_broken_newest_checkpoint_costs_a_few_steps_and_no_more(
+    damage: Callable, left_alone: Path, copied: Path
+) -> None:
+    broken = newest(copied)
+    damage(broken)
+    result = call(*RUN)
+    assert result.returncode == 0
+    assert [broken.name in line for line in (result.stdout + result.stderr).splitlines()].count(
+        True
+    ) == 1
+    assert kill_test.differences(left_alone, copied) == []
+
+
+def test_where_all_checkpoints_are_broken_nothing_is_lost(copied: Path) -> None:
+    for path in only_run(copied).glob("checkpoint_*.pt"):
+        truncate(path)
+    before = {path.name: path.read_bytes() for path in only_run(copied).iterdir()}
+    for _ in range(2):  # the second time too: `docker run --restart` asks no questions
+        assert str(only_run(Path())) in error_line(call(*RUN))
+    assert {path.name: path.read_bytes() for path in only_run(copied).iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "transitions.bin"])
+def test_a_file_shorter_than_its_checkpoint_is_refused(name: str, copied: Path) -> None:
+    truncate(only_run(copied) / name)
+    for _ in range(2):
+        assert name in error_line(call(*RUN))
+
+
+# ---------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    ("limit", "options"),
+    [
+        pytest.param(20_000, ["--log_freq", "1000"], id="checkpoint"),
+        pytest.param(5_000, ["--eval_freq", "1000", "--checkpoint_freq", "1000"], id="metrics"),
+    ],
+)
+def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(
+    limit: int, options: list[str], folder: Path
+) -> None:
+    with at_call(cal_ql.Agent, "update", 35, send(signal.SIGTERM)):
+        assert call(*RUN, *options).returncode == 143
+
+    def fill_disk() -> None:  # no file may grow beyond the limit
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    result = kill_test.finish(kill_test.start(folder, *options, preexec_fn=fill_disk))
+    assert str(newest(Path())) in error_line(result, code=1)
+    assert newest(folder).name == "checkpoint_35.pt"
+    assert call(*RUN, *options).returncode == 0
+    assert newest(folder).name == "checkpoint_500.pt"
+
+
+def test_a_reward_that_is_not_a_number_ends_the_run(left_alone: Path, folder: Path) -> None:
+    real = cal_ql.Task.step
+
+    def broken(task: cal_ql.Task, action: np.ndarray) -> tuple:
+        observation, _, *ends = real(task, action)
+        return observation, math.nan, *ends
+
+    with pytest.MonkeyPatch.context() as patch:
+        breaking = lambda: patch.setattr(cal_ql.Task, "step", broken)  # noqa: E731
+        with at_call(cal_ql.Agent, "update", 150, breaking):
+            line = error_line(call(*RUN), code=1)
+    step = int(re.search(r"\b(\w+) is not finite at step (\d+)", line)[2])
+    assert 157 <= step <= 175
+    last_good = newest(Path())
+    assert str(last_good) in line and cal_ql.step_of(last_good) < step
+    assert call(*RUN).returncode == 0
+    assert kill_test.differences(left_alone, folder) == []
+
+
+def fail() -> None:
+    raise ValueError("the simulation is unstable")
+
+
+@pytest.mark.parametrize(
+    ("method", "number", "step"),
+    [
+        pytest.param("step", 640, 149, id="in mid-episode"),
+        pytest.param("step", 150, 100, id="evaluating"),
+        pytest.param("reset", 3, 110, id="beginning an episode"),
+    ],
+)
+def test_an_environment_that_fails_is_named_and_the_run_saved(
+    method: str, number: int, step: int, folder: Path
+) -> None:
+    seeds, reset = [], cal_ql.Task.reset
+
+    def noting(task: cal_ql.Task, seed: int) -> np.ndarray:
+        seeds.append(seed)
+        return reset(task, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if method == "step":
+            patch.setattr(cal_ql.Task, "reset", noting)
+        with at_call(cal_ql.Task, method, number, fail):
+            line = error_line(call(*RUN), code=1)
+    assert "the simulation is unstable" in line
+    assert not seeds or f"seed {seeds[-1]}" in line
+    assert newest(folder).name == f"checkpoint_{step}.pt"
+    assert call(*RUN).returncode == 0
+    updates = [r["step"] for r in kill_test.records(folder) if "updates_per_second" in r]
+    assert updates == [*range(10, 501, 10)]
+
+
+# ---------------------------------------------------------------------------- other runs
+
+
+def resumed_like_left_alone(folder: Path, options: list[Any], step_calls: int) -> list[str]:
+    """Differences between a run and the same with a SIGTERM at a call of Task.step."""
+    outcomes = folder / "left_alone", folder / "stopped"
+    for outcome in outcomes:
+        outcome.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(outcomes[0])
+        assert call(*options).returncode == 0
+        patch.chdir(outcomes[1])
+        with at_call(cal_ql.Task, "step", step_calls, send(signal.SIGTERM)):
+            assert call(*options).returncode == 143
+        assert call(*options).returncode == 0
+    return kill_test.differences(*outcomes)
+
+
+@pytest.mark.parametrize(
+    ("buffer_size", "steps"),
+    [pytest.param(60, 320, id="in an episode"), pytest.param(320, 620, id="between episodes")],
+)
+def test_a_wrapping_buffer_resumes_exactly(buffer_size: int, steps: int, folder: Path) -> None:
+    data = write_dataset(folder / "data.hdf5", n=60)
+    options = [*SMALL, "--dataset_path", data, "--checkpoints_path", ".", "--eval_freq", 1000]
+    options += ["--online_iterations", steps, "--buffer_size", buffer_size]
+    assert resumed_like_left_alone(folder, options, step_calls=300 + steps - 10) == []
+
+
+def test_antmaze_resumes_exactly_with_its_start_and_goal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_dataset(folder / "data.hdf5", observation_dim=29, action_dim=8)
+    options = [*SMALL, "--env", "antmaze-umaze-v2", "--dataset_path", data]
+    options += ["--checkpoints_path", ".", "--online_iterations", 60, "--eval_freq", 1000]
+    real, episodes = cal_ql.Task.reset, []
+
+    def reset(task: cal_ql.Task, seed: int) -> np.ndarray:
+        start = real(task, seed)
+        episodes.append((seed, tuple(start), tuple(task.env.unwrapped.target_goal)))
+        return start
+
+    monkeypatch.setattr(cal_ql.Task, "reset", reset)
+    assert resumed_like_left_alone(folder, options, step_calls=700 + 40) == []
+    # evaluation, training, evaluation; the same up to the signal; training resumed, evaluation
+    evaluation, training, last = episodes[:3]
+    assert episodes[3:] == [evaluation, training, training, last]
+    assert evaluation == last != training
