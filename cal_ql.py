@@ -1243,7 +1243,7 @@ class WandbWriter:
             run_id = os.environ.get("WANDB_RUN_ID", name.read_text())  # a sweep's agent sets one
             self.options |= {"id": run_id, "resume": "allow"}
         self.records: queue.SimpleQueue = queue.SimpleQueue()  # None is the last
-        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread = threading.Thread(target=self.work, name="W&B", daemon=True)
         self.thread.start()
 
     def work(self) -> None:
@@ -1257,16 +1257,14 @@ class WandbWriter:
             print(f"W&B stopped ({error}); training goes on, metrics.jsonl is complete")
 
     def start(self) -> Any:
-        mode = os.environ.get("WANDB_MODE")
-        if mode is None and not wandb.login(prompt=False):
+        try:
+            if "WANDB_MODE" in os.environ or wandb.login(prompt=False):
+                return wandb.init(**self.options)
             print("W&B: no API key, so it records offline; `wandb sync` uploads that later")
             self.options["settings"].silent = True
-            mode = "offline"
-        try:
-            return wandb.init(mode=mode, **self.options)
-        except wandb.errors.CommError as error:
-            print(f"W&B cannot be reached ({error}), so it records offline")
-            return wandb.init(mode="offline", **self.options)
+        except wandb.Error as error:
+            print("W&B cannot be reached, so it records offline:", *str(error).split())
+        return wandb.init(mode="offline", **self.options)
 
     def close(self, timeout: float) -> None:
         """Send what is left, for at most `timeout` seconds."""
@@ -1535,14 +1533,19 @@ def save(run: Run, directory: Optional[RunDirectory]) -> None:
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # in a log file or a pipe too
+    code, message = 0, None
     try:
         train(parse_config())
     except Stop as stop:
-        print(f"cal_ql.py: {stop}; the same command goes on from here", file=sys.stderr)
-        sys.exit(128 + stop.signum)
+        code, message = 128 + stop.signum, f"{stop}; the same command goes on from here"
     except (InputError, RunError) as error:
-        print("cal_ql.py: error:", *str(error).split(), file=sys.stderr)  # one line, always
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        code, message = 2 if isinstance(error, InputError) else 1, f"error: {error}"
+    if message:
+        print("cal_ql.py:", *message.split(), file=sys.stderr)  # one line, always
+    if any(thread.name == "W&B" for thread in threading.enumerate()):
+        sys.stderr.flush()
+        os._exit(code)  # it hangs, and its exit handlers would wait for it
+    sys.exit(code)
 
 
 if __name__ == "__main__":
