@@ -1461,6 +1461,9 @@ def start_or_resume(run: Run, directory: Optional[RunDirectory]) -> None:
     state = directory.load(run.device) if directory else None
     load_model = run.config.load_model
     if state:
+        others = differing_options(dataclasses.asdict(run.config), state["config"])
+        if others:
+            raise InputError(f"checkpoints_path: {directory.path} holds a run with {others}")
         shape = run.task.observation_dim, run.task.action_dim
         run.load_state_dict(state, directory.read_transitions(*shape))
     elif load_model:

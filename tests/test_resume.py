@@ -6,6 +6,7 @@ A run left alone is the measure: its metrics, checkpoints and stored transitions
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -129,6 +130,7 @@ def test_sigterm_saves_this_very_step_and_leaves_no_trace(
         assert call(*RUN).returncode == 143
     assert newest(folder).name == f"checkpoint_{step}.pt"
     assert torch.load(newest(folder), weights_only=True)["step"] == step
+    assert "eval/success_rate" not in kill_test.records(folder)[-1]  # given up where one was on
     assert call(*RUN).returncode == 0
     assert kill_test.differences(left_alone, folder) == []
 
@@ -281,7 +283,8 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(
     assert newest(folder).name == "checkpoint_500.pt"
 
 
-def test_a_reward_that_is_not_a_number_ends_the_run(left_alone: Path, folder: Path) -> None:
+def test_a_reward_that_is_not_a_number_ends_the_run_before_it_is_saved(folder: Path) -> None:
+    options = [*RUN, "--log_freq", 90]  # checkpoints come due between two looks at the metrics
     real = cal_ql.Task.step
 
     def broken(task: cal_ql.Task, action: np.ndarray) -> tuple:
@@ -289,15 +292,15 @@ def test_a_reward_that_is_not_a_number_ends_the_run(left_alone: Path, folder: Pa
         return observation, math.nan, *ends
 
     with pytest.MonkeyPatch.context() as patch:
-        breaking = lambda: patch.setattr(cal_ql.Task, "step", broken)  # noqa: E731
-        with at_call(cal_ql.Agent, "update", 150, breaking):
-            line = error_line(call(*RUN), code=1)
-    step = int(re.search(r"\b(\w+) is not finite at step (\d+)", line)[2])
-    assert 157 <= step <= 175
+        breaking = functools.partial(patch.setattr, cal_ql.Task, "step", broken)
+        with at_call(cal_ql.Agent, "update", 150, breaking):  # at step 157
+            line = error_line(call(*options), code=1)
+    step = int(re.search(r"[a-z]\w+ is not finite at step (\d+)", line)[1])
     last_good = newest(Path())
-    assert str(last_good) in line and cal_ql.step_of(last_good) < step
-    assert call(*RUN).returncode == 0
-    assert kill_test.differences(left_alone, folder) == []
+    assert str(last_good) in line
+    assert cal_ql.step_of(last_good) < step < 175
+    assert call(*options).returncode == 0
+    assert newest(folder).name == "checkpoint_500.pt"
 
 
 def fail() -> None:
@@ -382,3 +385,11 @@ def test_antmaze_resumes_exactly_with_its_start_and_goal(
     evaluation, training, last = episodes[:3]
     assert episodes[3:] == [evaluation, training, training, last]
     assert evaluation == last != training
+
+
+def test_a_checkpoint_of_other_options_is_refused_and_they_are_named(copied: Path) -> None:
+    stranger = parse(*RUN, "--discount", "0.5").run_name
+    only_run(copied).rename(copied / stranger)
+    before = newest(copied).read_bytes()
+    assert "'discount': 0.99" in error_line(call(*RUN, "--discount", "0.5"))
+    assert newest(copied).read_bytes() == before
