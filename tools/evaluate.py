@@ -105,7 +105,7 @@ def main() -> int:
     try:
         print(evaluate(args.run, args.episodes, args.seed, args.video))
     except cal_ql.InputError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        print("evaluate.py: error:", *str(error).split(), file=sys.stderr)  # one line
         return 2
     return 0
 
