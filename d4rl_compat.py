@@ -57,7 +57,14 @@ def _import_mujoco_py() -> types.ModuleType | None:
 
 _real_mujoco_py = _import_mujoco_py()
 if _real_mujoco_py is None:
-    import mujoco
+    try:
+        import mujoco
+    except Exception as error:  # each OpenGL library has errors of its own
+        if "MUJOCO_GL" not in os.environ:
+            raise
+        found = f"found {os.environ['MUJOCO_GL']!r}, but no such OpenGL loads ({error})"
+        print(f"error: MUJOCO_GL: {found}; install it (libosmesa6) or unset it", file=sys.stderr)
+        raise SystemExit(2) from None
 
 # ------------------------------------------------------------------ stand-in for mujoco_py
 
