@@ -18,7 +18,9 @@ Each section needs only those above it: configuration, environments, dataset, re
 networks, losses, agent, episodes, run directory, logging, training.
 """
 
+import atexit
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -26,6 +28,7 @@ import hashlib
 import http.client
 import json
 import math
+import multiprocessing
 import os
 import queue
 import signal
@@ -35,8 +38,9 @@ import time
 import urllib.request
 import uuid
 import zipfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, get_args
 
@@ -78,11 +82,14 @@ class RunError(Exception):
 @dataclass
 class Config:
     device: str = "cuda"  # Where the networks live: cuda, cuda:N, cpu or auto
+    precision: Optional[str] = None  # float32 or tf32; null is tf32 on CUDA, float32 on the CPU
+    compile: Optional[bool] = None  # Compile the update and the actor; null does so on CUDA alone
     env: str = "halfcheetah-medium-expert-v2"  # D4RL task name
     seed: int = 0  # Seed of the networks, batches, exploration and training episodes
     eval_seed: int = 0  # Seed of the evaluation episodes; every evaluation plays the same ones
     eval_freq: int = 5000  # Steps between two evaluations
     n_episodes: int = 10  # Episodes an evaluation
+    eval_workers: Optional[int] = None  # Processes that play them; null is one a core
     offline_iterations: int = 1_000_000  # Updates in the offline phase
     online_iterations: int = 1_000_000  # Environment steps in the online phase
     checkpoints_path: Optional[str] = None  # Where the run gets its directory; null saves nothing
@@ -163,13 +170,16 @@ class Config:
 
 def differing_options(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The options of `other` that make it another experiment than `one`."""
-    elsewhere = {"device", "checkpoints_path", "resume", "project", "group"}
+    elsewhere = {"device", "compile", "eval_workers"}  # where and how fast, not what
+    elsewhere |= {"checkpoints_path", "resume", "project", "group"}
     return {k: v for k, v in other.items() if k not in elsewhere and one.get(k) != v}
 
 
 def cast(value: Any, kind: Any) -> Any:
     """A YAML value as an option's type; raises TypeError or ValueError where it does not fit."""
-    if value is None and type(None) in get_args(kind) or kind is bool and isinstance(value, bool):
+    if value is None and type(None) in get_args(kind):
+        return value
+    if kind in (bool, Optional[bool]) and isinstance(value, bool):
         return value
     if kind in (str, Optional[str]) and not isinstance(value, (dict, list, type(None))):
         return str(value)
@@ -183,7 +193,8 @@ def cast(value: Any, kind: Any) -> Any:
 def decode_config(options: dict[str, Any]) -> Config:
     """Check names and types, about which pyrallis itself asks no questions; then the values."""
     kinds = {field.name: field.type for field in dataclasses.fields(Config)}
-    expected = {bool: "true or false", float: "a number", str: "text", Optional[str]: "text"}
+    expected = {float: "a number", str: "text", Optional[str]: "text"}
+    expected |= dict.fromkeys((bool, Optional[bool]), "true or false")
     for name, value in options.items():
         if name not in kinds:
             close = difflib.get_close_matches(name, kinds)
@@ -211,7 +222,8 @@ def validate(config: Config) -> None:
     positive = "eval_freq n_episodes buffer_size batch_size target_update_period cql_n_actions"
     positive += " q_n_hidden_layers actor_n_hidden_layers hidden_dim online_utd_ratio log_freq"
     expect(positive, lambda x: x > 0, "1 or more")
-    expect("checkpoint_freq", lambda x: x is None or x > 0, "1 or more, or null")
+    expect("checkpoint_freq eval_workers", lambda x: x is None or x > 0, "1 or more, or null")
+    expect("precision", lambda x: x in (None, "float32", "tf32"), "float32, tf32 or null")
     expect("offline_iterations online_iterations bc_steps", lambda x: x >= 0, "0 or more")
     expect("seed eval_seed", lambda x: 0 <= x < 2**32, "0 to 2**32 - 1")
     weights = "cql_alpha cql_alpha_online alpha_multiplier"
@@ -264,6 +276,22 @@ def resolve_device(name: str) -> torch.device:
             "take --device cpu or --device auto"
         )
     return device
+
+
+def set_precision(precision: Optional[str], device: torch.device) -> None:
+    """Choose how matrix products compute; raises `InputError` for tf32 where there is none."""
+    if precision == "tf32" and device.type != "cuda":
+        raise InputError(f"precision: found tf32, expected float32 on {device}")
+    tf32 = (precision or "tf32") == "tf32" and device.type == "cuda"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse what an update frees; to get it anew costs a tenth of a CPU's time."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, in bytes
 
 
 # ---------------------------------------------------------------------------- environments
@@ -487,7 +515,8 @@ class Scaling(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    transitions: Batch  # numpy arrays, [N, ...]
+    rows: Batch  # numpy arrays [N, ...]; next_observations is None where the next row has them
+    transitions: np.ndarray  # [n] int, the rows that are transitions
     n_episodes: int
     scaling: Scaling
     failure_reward: Optional[float]  # for `return_to_go`; None in dense tasks
@@ -507,27 +536,42 @@ def load_dataset(config: Config, task: Task) -> Dataset:
     rewards = scaling.reward(raw["rewards"])
     failure_reward = float(rewards.min()) if config.is_sparse_reward else None
     returns_to_go = return_to_go(rewards, ends, config.discount, failure_reward)
-    observations = scaling.observation(raw["observations"])
+    transitions = np.flatnonzero(~truncated[:-1])
+    n = len(transitions)
+    if n == 0:
+        raise InputError(f"dataset {path}: it holds no transition, only ends of episodes")
+    if config.buffer_size < n:
+        raise InputError(
+            f"buffer_size: found {config.buffer_size}, expected at least the {n} transitions of "
+            f"{path}"
+        )
+    observations, next_observations = scaling.observation(raw["observations"]), None
     if "next_observations" in raw:
         next_observations = scaling.observation(raw["next_observations"])
-    else:
-        next_observations = np.roll(observations, -1, axis=0)
-    keep = ~truncated
-    keep[-1] = False
-    if not keep.any():
-        raise InputError(f"dataset {path}: it holds no transition, only ends of episodes")
-    if config.buffer_size < keep.sum():
-        raise InputError(
-            f"buffer_size: found {config.buffer_size}, expected at least the {keep.sum()} "
-            f"transitions of {path}"
-        )
     terminals = raw["terminals"].astype(np.float32)
-    columns = observations, raw["actions"], rewards, next_observations, terminals, returns_to_go
-    transitions = Batch(*(column[keep] for column in columns))
-    return Dataset(transitions, int(ends.sum()), scaling, failure_reward)
+    rows = observations, raw["actions"], rewards, next_observations, terminals, returns_to_go
+    return Dataset(Batch(*rows), transitions, int(ends.sum()), scaling, failure_reward)
 
 
 # ---------------------------------------------------------------------------- replay buffer
+
+
+class OfflineBuffer:
+    """The dataset on the training device, sampled uniformly with replacement."""
+
+    def __init__(self, dataset: Dataset, device: torch.device):
+        def move(column: Optional[np.ndarray]) -> Optional[Tensor]:
+            return None if column is None else torch.as_tensor(column, device=device)
+
+        self.rows = Batch(*map(move, dataset.rows))
+        if self.rows.next_observations is None:  # a view: no observation is stored twice
+            self.rows = self.rows._replace(next_observations=self.rows.observations[1:])
+        self.transitions = move(dataset.transitions)
+
+    def sample(self, batch_size: int) -> Batch:
+        n = len(self.transitions)
+        rows = self.transitions[torch.randint(n, (batch_size,), device=self.transitions.device)]
+        return Batch(*(column[rows] for column in self.rows))
 
 
 class ReplayBuffer:
@@ -566,7 +610,7 @@ class ReplayBuffer:
         return Batch(*(column[index] for column in self.rows))
 
 
-def sample_mixed(offline: ReplayBuffer, online: ReplayBuffer, config: Config) -> Batch:
+def sample_mixed(offline: OfflineBuffer, online: ReplayBuffer, config: Config) -> Batch:
     """A batch of the online phase: `mixing_ratio` of it offline data, the rest online."""
     n = config.offline_batch_size
     pairs = zip(offline.sample(n), online.sample(config.batch_size - n))
@@ -593,6 +637,9 @@ def make_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
     return [make_linear(*sizes[i : i + 2], orthogonal, i == last) for i in range(last + 1)]
 
 
+CPU_CACHE = 2**18  # values of a layer that a CPU keeps at hand, so larger batches go in pieces
+
+
 class Critic(nn.Module):
     """The twin Q-functions as one ensemble: every parameter has a leading axis of 2."""
 
@@ -609,16 +656,23 @@ class Critic(nn.Module):
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Q-values [2, B, N] of N actions [B, N, A] in each observation [B, S]."""
         batch_size, n_actions, _ = actions.shape
+        hidden_dim = self.weights[0].shape[-1]
+        n_states = max(1, CPU_CACHE // (n_actions * hidden_dim))
+        eager = actions.device.type == "cpu" and not torch.compiler.is_compiling()
+        if eager and n_states < batch_size:
+            pieces = zip(observations.split(n_states), actions.split(n_states))
+            return torch.cat([self.forward(*piece) for piece in pieces], 1)
         # the first layer is linear in (s, a): its share of s is computed once a state
         of_state, of_action = self.weights[0].split(
             [self.observation_dim, actions.shape[-1]], dim=1
         )
         x = torch.matmul(actions.flatten(0, 1), of_action).unflatten(1, (batch_size, n_actions))
         x = x + (torch.matmul(observations, of_state) + self.biases[0]).unsqueeze(2)
-        x = x.flatten(1, 2)  # [2, B * N, hidden]
-        for weight, bias in zip(self.weights[1:], self.biases[1:]):
-            x = torch.baddbmm(bias, F.relu(x), weight)
-        return x.view(2, batch_size, n_actions)
+        x = x.relu_().flatten(1, 2)  # [2, B * N, hidden]
+        for weight, bias in zip(self.weights[1:-1], self.biases[1:-1]):
+            x = torch.baddbmm(bias, x, weight).relu_()
+        qs = torch.baddbmm(self.biases[-1], x, self.weights[-1])
+        return qs.view(2, batch_size, n_actions)
 
 
 class Actor(nn.Module):
@@ -763,30 +817,74 @@ class Noise(NamedTuple):
     random: Tensor  # [B, N, A], uniform on [-1, 1]
 
 
-class Agent:
+@torch.library.custom_op("cal_ql::adam", mutates_args=("parameters", "means", "squares", "steps"))
+def adam(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: float,
+) -> None:
+    """One step of Adam (Kingma and Ba, 2015) in place, as one fused kernel.
+
+    An operator of its own, since `torch.optim.Adam.step` breaks the graph of a compiled update.
+    """
+    torch._foreach_add_(steps, 1.0)
+    options = {"lr": lr, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    options |= {"amsgrad": False, "maximize": False}
+    torch._fused_adam_(parameters, gradients, means, squares, [], steps, **options)
+
+
+class Adam(nn.Module):
+    """Adam and its state, which is a module's so that checkpoints and captured graphs hold it."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float):
+        super().__init__()
+        self.trained, self.lr = list(parameters), lr
+
+        def zeros(tensors: Iterable[Tensor]) -> nn.ParameterList:
+            return nn.ParameterList(
+                nn.Parameter(torch.zeros_like(tensor), requires_grad=False) for tensor in tensors
+            )
+
+        self.means, self.squares = zeros(self.trained), zeros(self.trained)
+        self.steps = zeros(parameter.new_empty(()) for parameter in self.trained)
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        state = [list(tensors) for tensors in (self.means, self.squares, self.steps)]
+        adam(self.trained, list(gradients), *state, self.lr)
+
+
+class Agent(nn.Module):
     """Actor, twin critics, their targets, temperatures and optimizers, and the update."""
 
     def __init__(self, observation_dim: int, action_dim: int, config: Config, device: torch.device):
-        self.config, self.device, self.action_dim = config, device, action_dim
-        self.actor = Actor(observation_dim, action_dim, config).to(device)
-        self.critic = Critic(observation_dim, action_dim, config).to(device)
-        self.target_critic = Critic(observation_dim, action_dim, config).to(device)
+        super().__init__()
+        self.config, self.device = config, device
+        self.observation_dim, self.action_dim = observation_dim, action_dim
+        self.actor = Actor(observation_dim, action_dim, config)
+        self.critic = Critic(observation_dim, action_dim, config)
+        self.target_critic = Critic(observation_dim, action_dim, config)
         self.target_critic.load_state_dict(self.critic.state_dict())
-        self.log_alpha = torch.zeros((), device=device, requires_grad=True)
-        self.log_alpha_prime = torch.ones((), device=device, requires_grad=True)
+        self.log_alpha = nn.Parameter(torch.tensor(0.0))
+        self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
+        self.to(device)
+        self.optimizers = nn.ModuleDict(
+            {
+                "critic": Adam(self.critic.parameters(), config.qf_lr),
+                "actor": Adam(self.actor.parameters(), config.policy_lr),
+                "alpha": Adam([self.log_alpha], config.policy_lr),
+                "alpha_prime": Adam([self.log_alpha_prime], config.qf_lr),
+            }
+        )
         self.updates = 0
-
-        def adam(parameters, lr: float) -> torch.optim.Adam:
-            return torch.optim.Adam(parameters, lr=lr, fused=True)
-
-        self.optimizers = {
-            "critic": adam(self.critic.parameters(), config.qf_lr),
-            "actor": adam(self.actor.parameters(), config.policy_lr),
-        }
-        if config.use_automatic_entropy_tuning:
-            self.optimizers["alpha"] = adam([self.log_alpha], config.policy_lr)
-        if config.cql_lagrange:
-            self.optimizers["alpha_prime"] = adam([self.log_alpha_prime], config.qf_lr)
+        if device.type == "cuda" if config.compile is None else config.compile:
+            torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad, in the graph
+            options = {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead"}
+            self.step = torch.compile(self.step, **options)
+            self.choose = torch.compile(self.choose, **options)
 
     def draw_noise(self) -> Noise:
         shape = (self.config.batch_size, self.config.cql_n_actions, self.action_dim)
@@ -800,27 +898,31 @@ class Agent:
         )
 
     def update(self, batch: Batch, online: bool) -> dict[str, Tensor]:
-        """One gradient step of all that is learnt, on a batch; returns scalar metrics.
+        """One gradient step of all that is learnt, on a batch; returns scalar metrics."""
+        cloning = self.updates < self.config.bc_steps
+        self.updates += 1
+        follow = self.updates % self.config.target_update_period == 0
+        return self.step(batch, online, cloning, follow)
+
+    def step(self, batch: Batch, online: bool, cloning: bool, follow: bool) -> dict[str, Tensor]:
+        """The update as a function of tensors, which one captured graph can hold.
 
         Nothing here waits for the device: metrics stay there, and no branch looks at a tensor.
+        `cloning` is the actor's loss, `follow` whether the target critics move.
         """
         config = self.config
         cql_alpha = config.cql_alpha_online if online else config.cql_alpha
         calibrated = config.calibrate and (config.calibrate_online or not online)
-        cloning = self.updates < config.bc_steps
         losses, metrics = self.losses(batch, self.draw_noise(), cql_alpha, calibrated, cloning)
         # all gradients are taken at the same parameters before any optimizer steps
-        gradients = []
-        for name, optimizer in self.optimizers.items():
-            parameters = optimizer.param_groups[0]["params"]
-            gradients += torch.autograd.grad(losses[name], parameters)
-            for parameter, gradient in zip(parameters, gradients[-len(parameters) :]):
-                parameter.grad = gradient
-        metrics["gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-        self.updates += 1
-        if self.updates % config.target_update_period == 0:
+        gradients = {
+            name: torch.autograd.grad(loss, self.optimizers[name].trained)
+            for name, loss in losses.items()
+        }
+        metrics["gradient_norm"] = torch.nn.utils.get_total_norm(sum(gradients.values(), ()))
+        for name in losses:
+            self.optimizers[name].step(gradients[name])
+        if follow:
             with torch.no_grad():
                 targets, critics = self.target_critic.parameters(), self.critic.parameters()
                 torch._foreach_lerp_(list(targets), list(critics), config.soft_target_update_rate)
@@ -916,38 +1018,22 @@ class Agent:
             metrics |= {name.format(1): first, name.format(2): second}
         return losses, metrics
 
+    def act(self, observations: np.ndarray, explore: bool) -> np.ndarray:
+        """The policy's actions [B, A] at observations [B, S]: samples, or tanh of the mean."""
+        return self.choose(torch.from_numpy(observations).to(self.device), explore).cpu().numpy()
+
     @torch.no_grad()
-    def act(self, observation: np.ndarray, explore: bool) -> np.ndarray:
-        """The policy's action [A] at one observation [S]: a sample, or tanh of the mean."""
-        policy = self.actor(torch.from_numpy(observation).to(self.device).unsqueeze(0))
-        actions = torch.tanh(policy.mean)
+    def choose(self, observations: Tensor, explore: bool) -> Tensor:
+        policy = self.actor(observations)
         if explore:
-            actions = sample_actions(policy, torch.randn_like(policy.mean)).actions
-        return actions.squeeze(0).cpu().numpy()
+            return sample_actions(policy, torch.randn_like(policy.mean)).actions
+        return torch.tanh(policy.mean)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "actor": self.actor.state_dict(),
-            "critic": self.critic.state_dict(),
-            "target_critic": self.target_critic.state_dict(),
-            "log_alpha": self.log_alpha.detach(),
-            "log_alpha_prime": self.log_alpha_prime.detach(),
-            "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
-            "updates": self.updates,
-        }
+    def get_extra_state(self) -> int:
+        return self.updates
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore in place: the optimizers keep pointing at the parameters they train."""
-        self.actor.load_state_dict(state["actor"])
-        self.critic.load_state_dict(state["critic"])
-        self.target_critic.load_state_dict(state["target_critic"])
-        self.log_alpha.copy_(state["log_alpha"])
-        self.log_alpha_prime.copy_(state["log_alpha_prime"])
-        for name, optimizer in self.optimizers.items():
-            if name in state["optimizers"]:
-                optimizer.load_state_dict(state["optimizers"][name])
-        self.updates = state["updates"]
+    def set_extra_state(self, updates: int) -> None:
+        self.updates = updates
 
 
 # ---------------------------------------------------------------------------- episodes
@@ -1015,7 +1101,7 @@ class Collector:
             self.episode = self.begin_episode(self.begun + 1)
             self.begun += 1
         observation = self.dataset.scaling.observation(self.episode.observation)
-        return self.play(agent.act(observation, explore=True))
+        return self.play(agent.act(observation[None], explore=True)[0])
 
     def play(self, action: np.ndarray) -> dict[str, float]:
         episode, scaling = self.episode, self.dataset.scaling
@@ -1063,21 +1149,154 @@ class Collector:
                 self.play(action)
 
 
-def evaluate(
-    task: Task, scaling: Scaling, agent: Agent, seed: int, n_episodes: int, between: Callable
-) -> list[Episode]:
-    """Play episodes with the policy's mean actions; every evaluation of a seed plays the same ones.
+class Outcome(NamedTuple):
+    """What an evaluation episode yielded."""
 
-    `between` is called before each step, and may raise to give up.
+    episode_return: float  # undiscounted, in the task's own rewards
+    score: float
+    success: bool
+    length: int  # steps
+
+
+def play_episodes(env_name: str) -> Generator:
+    """Play episodes side by side, at most `SIDE_BY_SIDE`, as a coroutine.
+
+    It is sent {number: seed} of the episodes to play, and yields ({number: observation [S]} of
+    those that run, {number: Outcome} of those that have just ended); then it is sent
+    {number: action [A]} for those that run, until none does and it is sent seeds again.
     """
-    episodes = []
-    for number in range(n_episodes):
-        episode = Episode(task, episode_seed(seed, "eval", number))
-        while not episode.over:
+    idle: list[Task] = []
+    seeds = yield
+    while True:
+        waiting = list(seeds.items())
+        idle += (Task(env_name) for _ in range(min(SIDE_BY_SIDE, len(waiting)) - len(idle)))
+        running: dict[int, Episode] = {}
+        outcomes: dict[int, Outcome] = {}
+        while waiting or running:
+            while waiting and idle:
+                number, seed = waiting.pop(0)
+                running[number] = Episode(idle.pop(), seed)
+            actions = yield {number: e.observation for number, e in running.items()}, outcomes
+            outcomes = {}
+            for number, action in actions.items():
+                episode = running[number]
+                episode.step(action)
+                if episode.over:
+                    episode_return, length = sum(episode.rewards), len(episode.rewards)
+                    result = episode_return, episode.score, episode.success, length
+                    outcomes[number] = Outcome(*result)
+                    idle.append(running.pop(number).task)
+        seeds = yield {}, outcomes
+
+
+SIDE_BY_SIDE = 8  # episodes a worker plays, so that one actor call serves many of them
+
+
+class LocalWorker:
+    """Plays in this process; it is spoken to like the connection to another."""
+
+    def __init__(self, env_name: str):
+        self.episodes = play_episodes(env_name)
+        next(self.episodes)
+
+    def send(self, message: dict[int, Any]) -> None:
+        self.answer = self.episodes.send(message)
+
+    def recv(self) -> tuple[dict, dict]:
+        return self.answer
+
+
+def work(connection: Connection, env_name: str) -> None:
+    """Play for the process at the other end of `connection`, until it is gone."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)  # that process decides when to stop
+    worker = LocalWorker(env_name)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            message = connection.recv()
+            try:
+                worker.send(message)
+                connection.send(worker.recv())
+            except EnvironmentFailure as failure:
+                connection.send(failure)
+
+
+class Evaluator:
+    """Plays evaluation episodes with the policy's mean actions, in `eval_workers` processes.
+
+    An episode depends on its seed and on the policy alone: the actor sees all episodes at once, in
+    rows of their own, so that not even rounding depends on the number of workers.
+    """
+
+    def __init__(self, config: Config):
+        cores = len(os.sched_getaffinity(0))
+        self.n_workers = min(config.eval_workers or cores, config.n_episodes)
+        self.config = config
+        self.workers: list[Any] = []  # started by the first evaluation
+
+    def start_workers(self) -> None:
+        if self.n_workers == 1:
+            self.workers = [LocalWorker(self.config.env)]
+            return
+        context = multiprocessing.get_context("forkserver")  # a fork would copy threads and CUDA
+        for _ in range(self.n_workers):
+            here, there = context.Pipe()
+            arguments = there, self.config.env
+            context.Process(target=work, args=arguments, daemon=True).start()
+            there.close()
+            atexit.register(here.close)  # which ends the worker
+            self.workers.append(here)
+
+    def evaluate(self, agent: Agent, scaling: Scaling, between: Callable) -> list[Outcome]:
+        """Play the `n_episodes` of `eval_seed`, always the same ones.
+
+        `between` is called before each step, and may raise to give up. Raises
+        `EnvironmentFailure` where an environment or a worker fails.
+        """
+        if not self.workers:
+            self.start_workers()
+        n, seed = self.config.n_episodes, self.config.eval_seed
+        seeds = {number: episode_seed(seed, "eval", number) for number in range(n)}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # idle ones would spin on the workers' cores
+        try:
+            outcomes = self.play(seeds, agent, scaling, between)
+        except (EOFError, ConnectionError):
+            raise EnvironmentFailure("a process that plays evaluation episodes has died") from None
+        finally:
+            torch.set_num_threads(threads)
+        return [outcomes[number] for number in range(n)]
+
+    def play(
+        self, seeds: dict[int, int], agent: Agent, scaling: Scaling, between: Callable
+    ) -> dict[int, Outcome]:
+        for i, worker in enumerate(self.workers):
+            worker.send({n: seed for n, seed in seeds.items() if n % len(self.workers) == i})
+        observations = np.zeros((len(seeds), agent.observation_dim), np.float32)
+        outcomes: dict[int, Outcome] = {}
+        playing = list(self.workers)
+        while playing:
             between()
-            episode.step(agent.act(scaling.observation(episode.observation), explore=False))
-        episodes.append(episode)
-    return episodes
+            running = {}
+            for worker in playing:
+                seen, ended = receive(worker)
+                outcomes |= ended
+                if seen:
+                    running[worker] = list(seen)
+                    observations[list(seen)] = scaling.observation(np.stack(list(seen.values())))
+            actions = agent.act(observations, explore=False)
+            for worker, numbers in running.items():
+                worker.send({number: actions[number] for number in numbers})
+            playing = list(running)
+        return outcomes
+
+
+def receive(worker: Any) -> tuple[dict[int, np.ndarray], dict[int, Outcome]]:
+    """What a worker has to say; raises the `EnvironmentFailure` that it met."""
+    answer = worker.recv()
+    if isinstance(answer, EnvironmentFailure):
+        raise answer
+    return answer
 
 
 # ---------------------------------------------------------------------------- run directory
@@ -1353,13 +1572,13 @@ class Run:
     def __init__(self, config: Config):
         self.config = config
         self.device = resolve_device(config.device)
-        torch.set_float32_matmul_precision("high")  # TF32 where the device has it
+        set_precision(config.precision, self.device)
+        keep_freed_memory()
         torch.manual_seed(config.seed)
-        self.task, self.eval_task = Task(config.env), Task(config.env)
+        self.task, self.evaluator = Task(config.env), Evaluator(config)
         self.dataset = load_dataset(config, self.task)
         dims = self.task.observation_dim, self.task.action_dim
-        self.offline = ReplayBuffer(len(self.dataset.transitions.rewards), *dims, self.device)
-        self.offline.add(self.dataset.transitions)
+        self.offline = OfflineBuffer(self.dataset, self.device)
         online_capacity = max(1, min(config.buffer_size, config.online_iterations))
         self.online = ReplayBuffer(online_capacity, *dims, self.device)
         self.agent = Agent(*dims, config, self.device)
@@ -1393,9 +1612,7 @@ class Run:
 
     def evaluate(self, between: Callable) -> dict[str, float]:
         """Mean score and success rate of the policy now."""
-        seed, n = self.config.eval_seed, self.config.n_episodes
-        scaling = self.dataset.scaling
-        episodes = evaluate(self.eval_task, scaling, self.agent, seed, n, between)
+        episodes = self.evaluator.evaluate(self.agent, self.dataset.scaling, between)
         self.evaluated_at = self.step
         metrics = {"eval/d4rl_normalized_score": float(np.mean([e.score for e in episodes]))}
         if self.task.has_goal:
@@ -1434,8 +1651,8 @@ class Run:
             torch.cuda.set_rng_state(state.cpu(), self.device)
 
     def summary(self) -> str:
-        n, episodes = self.offline.size, self.dataset.n_episodes
-        bounds = self.dataset.transitions.returns_to_go
+        n, episodes = len(self.dataset.transitions), self.dataset.n_episodes
+        bounds = self.dataset.rows.returns_to_go[self.dataset.transitions]
         return (
             f"{self.config.run_name}: networks on {self.device}, physics by {d4rl_compat.PHYSICS}\n"
             f"{n:,} transitions of {episodes:,} episodes, returns-to-go from {bounds.min():.4g} "
@@ -1521,11 +1738,15 @@ def train_loop(run: Run, log: Log, directory: Optional[RunDirectory], signals: S
         if run.step == config.total_steps:
             return
         signals.check()
-        if ended := run.advance():
-            log.write(run.step, ended)
-        log.bar.update()
-        if run.step % config.log_freq == 0 or run.step == config.total_steps:
-            log.write_means(run.step, run.metrics)
+        take_step(run, log)
+
+
+def take_step(run: Run, log: Log) -> None:
+    if ended := run.advance():
+        log.write(run.step, ended)
+    log.bar.update()
+    if run.step % run.config.log_freq == 0 or run.step == run.config.total_steps:
+        log.write_means(run.step, run.metrics)
 
 
 def save(run: Run, directory: Optional[RunDirectory]) -> None:

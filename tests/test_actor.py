@@ -134,11 +134,11 @@ def test_acting_takes_the_mean_and_exploring_a_sample():
     observation = np.random.default_rng(0).normal(size=S).astype(np.float32)
     policy = agent.actor(torch.from_numpy(observation)[None])
     mean, std = policy.mean[0].detach(), policy.log_std[0].exp().detach()
-    action = agent.act(observation, explore=False)
+    (action,) = agent.act(observation[None], explore=False)
     assert action.shape == (A,) and action.dtype == np.float32
     np.testing.assert_allclose(action, torch.tanh(mean), rtol=1e-6)
     torch.manual_seed(0)
-    explored = np.stack([agent.act(observation, explore=True) for _ in range(2000)])
+    explored = agent.act(np.tile(observation, (2000, 1)), explore=True)
     before_tanh = np.arctanh(explored.astype(np.float64).clip(-1 + 1e-9, 1 - 1e-9))
     np.testing.assert_allclose(before_tanh.mean(0), mean, atol=0.2)
     np.testing.assert_allclose(before_tanh.std(0), std, rtol=0.1)

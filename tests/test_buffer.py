@@ -135,10 +135,10 @@ class Explorer:
     def __init__(self):
         self.observations = []
 
-    def act(self, observation, explore):
-        assert explore
-        self.observations.append(observation)
-        return np.full(A, 0.01 * len(self.observations), np.float32)
+    def act(self, observations, explore):
+        assert explore and len(observations) == 1
+        self.observations.extend(observations)
+        return np.full((1, A), 0.01 * len(self.observations), np.float32)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def play(monkeypatch):
         monkeypatch.setattr(cal_ql.d4rl_compat, "reset", reset)
         task = Task(name)
         scaling = Scaling(MEAN, STD, reward_scale=2.0, reward_bias=-1.0)
-        dataset = Dataset(None, 0, scaling, failure_reward)
+        dataset = Dataset(None, None, 0, scaling, failure_reward)
         buffer, stored = ReplayBuffer(capacity, 2, A, CPU), []
         collector = Collector(task, dataset, buffer, Config(discount=0.5, seed=3))
         collector.store = stored.append

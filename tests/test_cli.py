@@ -128,11 +128,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 DEFAULTS = {
     "device": "cuda",
+    "precision": None,
+    "compile": None,
     "env": "halfcheetah-medium-expert-v2",
     "seed": 0,
     "eval_seed": 0,
     "eval_freq": 5000,
     "n_episodes": 10,
+    "eval_workers": None,
     "offline_iterations": 1_000_000,
     "online_iterations": 1_000_000,
     "checkpoints_path": None,
@@ -350,6 +353,10 @@ BAD_OPTIONS = {
     "--normalize 2": "normalize",
     "--discount nan": "discount",
     "--discount 1.01": "discount",
+    "--precision float16": "precision",
+    "--precision tf32": "precision",  # on a CPU
+    "--compile maybe": "compile",
+    "--eval_workers 0": "eval_workers",
     "--mixing_ratio 1.5": "mixing_ratio",
     "--mixing_ratio -0.1": "mixing_ratio",
     "--mixing_ratio 1": "mixing_ratio",

@@ -7,13 +7,16 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from cal_ql import (
+    Batch,
     Config,
     Dataset,
     InputError,
+    OfflineBuffer,
     Scaling,
     Task,
     episode_ends,
@@ -84,6 +87,12 @@ def load(path: Path, raw: dict[str, np.ndarray], task=TASK, **options) -> Datase
     )
 
 
+def transitions(dataset: Dataset) -> Batch:
+    """All that the buffer of this dataset holds to be drawn, as numpy arrays."""
+    buffer = OfflineBuffer(dataset, torch.device("cpu"))
+    return Batch(*(column[buffer.transitions].numpy() for column in buffer.rows))
+
+
 ENDINGS = ("terminal", "timeout", "jump")  # jump: into another episode, and no flag says so
 COLUMNS = [(), ("timeouts",), ("next_observations",), ("next_observations", "timeouts")]
 
@@ -138,7 +147,7 @@ def check_transitions(found: Dataset, expected: dict[str, np.ndarray], skip: str
     """Bit for bit."""
     for name in ("observations", "actions", "rewards", "next_observations", "terminals"):
         if name != skip:
-            column = getattr(found.transitions, name)
+            column = getattr(transitions(found), name)
             assert column.dtype == np.float32
             np.testing.assert_array_equal(column, expected[name], err_msg=name)
 
@@ -159,7 +168,7 @@ def test_recorded_next_observations_are_taken_where_d4rl_takes_the_following_row
     kept = ~raw["timeouts"]
     kept[-1] = False
     np.testing.assert_array_equal(
-        found.transitions.next_observations, raw["next_observations"][kept]
+        transitions(found).next_observations, raw["next_observations"][kept]
     )
 
 
@@ -182,7 +191,7 @@ def test_transitions_are_those_of_d4rl_without_timeouts(path, d4rl, full, short,
 def test_the_length_limit_counts_from_a_terminal(path):
     raw = record([(2, "terminal"), (LIMIT, "timeout"), (2, "cut")], columns=())
     kept = [0, 1, 2, 3, 4, 5, 7]
-    np.testing.assert_array_equal(load(path, raw).transitions.actions, raw["actions"][kept])
+    np.testing.assert_array_equal(transitions(load(path, raw)).actions, raw["actions"][kept])
 
 
 def test_the_small_maze_file_is_read_as_d4rl_reads_it(maze, d4rl):
@@ -196,17 +205,24 @@ def test_actions_are_scaled_into_the_unit_box(path):
     raw = record([(4, "cut")])
     wide = SimpleNamespace(**vars(TASK) | {"action_scale": np.array([2.0, 4.0], np.float32)})
     found = load(path, raw | {"actions": raw["actions"] * wide.action_scale}, wide)
-    np.testing.assert_array_equal(found.transitions.actions, raw["actions"][:-1])
+    np.testing.assert_array_equal(transitions(found).actions, raw["actions"][:-1])
 
 
 def test_columns_of_shape_n_by_1_and_float64_are_read(path):
     raw = record([(3, "timeout"), (3, "cut")], sparse=False)
-    expected = load(path, raw).transitions
+    expected = transitions(load(path, raw))
     for name in ("rewards", "terminals", "timeouts"):
         raw[name] = raw[name][:, None]
     found = load(path, {name: column.astype(np.float64) for name, column in raw.items()})
-    for one, other in zip(found.transitions, expected):
+    for one, other in zip(transitions(found), expected):
         np.testing.assert_array_equal(one, other)
+
+
+def test_next_observations_are_stored_once_where_the_file_allows_it(path):
+    raw = record([(3, "timeout"), (3, "cut")], columns=("timeouts",))
+    rows = OfflineBuffer(load(path, raw), torch.device("cpu")).rows
+    storages = [rows.observations.untyped_storage(), rows.next_observations.untyped_storage()]
+    assert storages[0].data_ptr() == storages[1].data_ptr()
 
 
 # ---------------------------------------------------------- episodes and their returns-to-go
@@ -249,8 +265,8 @@ def test_loaded_returns_count_the_rewards_of_dropped_rows(path, raw, sparse):
     expected = np.array(brute_returns(rewards, ends, discount, failure))[~dropped]
     assert found.failure_reward == failure
     assert found.n_episodes == sum(ends)
-    np.testing.assert_allclose(found.transitions.returns_to_go, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(found.transitions.rewards, np.float32(rewards)[~dropped])
+    np.testing.assert_allclose(transitions(found).returns_to_go, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(transitions(found).rewards, np.float32(rewards)[~dropped])
 
 
 def brute_truncated(raw) -> list[bool]:
@@ -269,9 +285,9 @@ def test_a_failed_sparse_episode_fails_for_ever(path):
     raw = record([(3, "timeout"), (3, "timeout"), (2, "cut")])
     raw["rewards"][:] = [0, 0, 0, 0, 1, 0, 0, 1]
     options = dict(reward_scale=10.0, reward_bias=-5.0, discount=0.5)
-    found = load(path, raw, is_sparse_reward=True, **options).transitions.returns_to_go
+    found = transitions(load(path, raw, is_sparse_reward=True, **options)).returns_to_go
     np.testing.assert_allclose(found, [-10, -10, -5 + 2.5 - 1.25, 5 - 2.5, -5 + 2.5])
-    dense = load(path, raw, is_sparse_reward=False, **options).transitions.returns_to_go
+    dense = transitions(load(path, raw, is_sparse_reward=False, **options)).returns_to_go
     np.testing.assert_allclose(dense, [-8.75, -7.5, -3.75, 2.5, -2.5])
 
 
@@ -288,10 +304,12 @@ def test_observations_are_normalised_by_the_files_statistics(path):
     kept = ~raw["timeouts"] & (np.arange(11) < 10)
     for name in ("observations", "next_observations"):
         expected = (raw[name][kept] - mean) / std
-        np.testing.assert_allclose(getattr(found.transitions, name), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            getattr(transitions(found), name), expected, rtol=1e-5, atol=1e-5
+        )
     online = found.scaling.observation(raw["observations"][0])
     assert online.dtype == np.float32
-    np.testing.assert_array_equal(online, found.transitions.observations[0])
+    np.testing.assert_array_equal(online, transitions(found).observations[0])
 
 
 def test_locomotion_rewards_are_divided_by_the_range_of_returns(path):
@@ -301,16 +319,16 @@ def test_locomotion_rewards_are_divided_by_the_range_of_returns(path):
     kept = ~raw["timeouts"] & (np.arange(11) < 10)
     options = dict(normalize_reward=True, reward_scale=2.0, reward_bias=1.0)
     running = SimpleNamespace(**vars(TASK) | {"is_locomotion": True})
-    found = load(path, raw, running, **options).transitions.rewards
+    found = transitions(load(path, raw, running, **options)).rewards
     np.testing.assert_allclose(found, raw["rewards"][kept] * factor + 1, rtol=1e-5)
-    with_goal = load(path, raw, **options).transitions.rewards
+    with_goal = transitions(load(path, raw, **options)).rewards
     np.testing.assert_allclose(with_goal, raw["rewards"][kept] * 2 + 1, rtol=1e-5)
 
 
 def test_a_single_episode_has_no_range_of_returns(path):
     raw = record([(4, "cut")], sparse=False)
     running = SimpleNamespace(**vars(TASK) | {"is_locomotion": True})
-    rewards = load(path, raw, running, normalize_reward=True).transitions.rewards
+    rewards = transitions(load(path, raw, running, normalize_reward=True)).rewards
     assert np.isfinite(rewards).all() and len(set(rewards)) == 3
 
 
@@ -443,6 +461,6 @@ def test_no_file_and_text_are_refused(path, tmp_path):
 
 def test_the_buffer_must_hold_the_dataset(path):
     raw = good()  # ten rows, of which a timeout and the last are no transitions
-    assert len(load(path, raw, buffer_size=8).transitions.rewards) == 8
+    assert len(transitions(load(path, raw, buffer_size=8)).rewards) == 8
     with pytest.raises(InputError, match=r"buffer_size: found 7, expected at least the 8 .*hdf5"):
         load(path, raw, buffer_size=7)

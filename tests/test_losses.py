@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cal_ql import Agent, Batch, Config, Noise, calibrate, cql_difference
+from cal_ql import Adam, Agent, Batch, Config, Noise, calibrate, cql_difference
 
 S, A, B, N = 3, 2, 6, 3  # sizes of an observation, an action, a batch; actions sampled per state
 CQL_ALPHA = 5.0
@@ -35,13 +35,11 @@ def make_agent(**options) -> Agent:
     """An agent in float64, its parameters far from zero and from each other."""
     torch.manual_seed(0)
     sizes = dict(batch_size=B, cql_n_actions=N, hidden_dim=7, actor_n_hidden_layers=2)
-    agent = Agent(S, A, Config(**sizes | options), torch.device("cpu"))
+    agent = Agent(S, A, Config(**sizes | options), torch.device("cpu")).double()
     for network, scale in ((agent.actor, 0.5), (agent.critic, 1.0), (agent.target_critic, 1.0)):
-        network.double()
         for parameter in network.parameters():
             parameter.data = scale * torch.randn_like(parameter)
     for temperature, start in ((agent.log_alpha, 0.3), (agent.log_alpha_prime, -0.4)):
-        temperature.data = temperature.data.double()
         if temperature is agent.log_alpha_prime or agent.config.use_automatic_entropy_tuning:
             temperature.data.fill_(start)
     return agent
@@ -244,7 +242,7 @@ def test_losses_equal_the_formulas(options, calibrated, cloning):
     losses, _ = agent.losses(batch, noise, CQL_ALPHA, calibrated, cloning)
     values = {name: value.detach().numpy() for name, value in named_parameters(agent).items()}
     formulas = Formulas(values, values, batch, noise, agent.config, calibrated, cloning)
-    for name in agent.optimizers:
+    for name in losses:
         expected = getattr(formulas, f"{name}_loss")()
         assert losses[name].item() == pytest.approx(expected, rel=1e-9, abs=1e-9), name
 
@@ -255,7 +253,7 @@ def test_gradients_equal_finite_differences(options, calibrated, cloning):
     noise, random = make_noise(agent.config), np.random.default_rng(0)
     losses, _ = agent.losses(batch, noise, CQL_ALPHA, calibrated, cloning)
     held = {name: value.detach().numpy() for name, value in named_parameters(agent).items()}
-    for loss in agent.optimizers:
+    for loss in losses:
         trained = trained_by(agent, loss)
         gradients = torch.autograd.grad(losses[loss], list(trained.values()))
         for name, gradient in zip(trained, gradients):
@@ -277,7 +275,7 @@ def test_no_loss_reaches_what_it_does_not_train(cloning):
     """The policy's loss reaches the critics, on which it is built, but no optimizer takes that."""
     agent, batch = make_agent(cql_lagrange=True, backup_entropy=True), make_batch()
     losses, _ = agent.losses(batch, make_noise(agent.config), CQL_ALPHA, True, cloning)
-    for loss in agent.optimizers:
+    for loss in losses:
         trained = trained_by(agent, loss)
         others = {
             name: value
@@ -296,19 +294,20 @@ def test_update_gives_each_optimizer_the_gradient_of_its_own_loss(cloning, monke
     noise = make_noise(agent.config)
     losses, _ = agent.losses(batch, noise, agent.config.cql_alpha, True, cloning)
     expected = {}
-    for loss in agent.optimizers:
+    for loss in losses:
         trained = trained_by(agent, loss)
         gradients = torch.autograd.grad(losses[loss], list(trained.values()))
         expected |= dict(zip(trained, gradients))
     monkeypatch.setattr(agent, "draw_noise", lambda: noise)
+    taken = {}
+    monkeypatch.setattr(Adam, "step", lambda self, given: taken.update(zip(self.trained, given)))
     metrics = agent.update(batch, online=False)
     norm = math.sqrt(sum(gradient.square().sum() for gradient in expected.values()))
     assert metrics["gradient_norm"].item() == pytest.approx(norm)
-    for name, value in named_parameters(agent).items():
-        if name.startswith("target."):
-            assert value.grad is None, name
-        else:
-            torch.testing.assert_close(value.grad, expected[name])
+    named = named_parameters(agent)
+    assert {name for name, value in named.items() if value in taken} == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(taken[named[name]], gradient)
 
 
 def test_the_batch_has_values_on_both_sides_of_the_bound():

@@ -8,6 +8,7 @@ success rate by Wilson's score. The video shows the first episode, rendered offs
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def load_policy(run: Path) -> tuple[cal_ql.Config, cal_ql.Agent, cal_ql.Scaling,
     device = torch.device("cpu")
     state = cal_ql.load_checkpoint(found[-1], device)
     print(f"{found[-1]}, on {cal_ql.d4rl_compat.PHYSICS}")
-    config = cal_ql.Config(**state["config"])
+    config = cal_ql.Config(**state["config"] | {"compile": False})
     task = cal_ql.Task(config.env)
     agent = cal_ql.Agent(task.observation_dim, task.action_dim, config, device)
     agent.load_state_dict(state["agent"])
@@ -75,18 +76,36 @@ class Video:
         self.writer.append_data(self.renderer.render())
 
 
+def record(
+    path: Path,
+    config: cal_ql.Config,
+    agent: cal_ql.Agent,
+    scaling: cal_ql.Scaling,
+    task: cal_ql.Task,
+) -> None:
+    """Write a video of the first evaluation episode."""
+    video = Video(task, path)
+    episode = cal_ql.Episode(task, cal_ql.episode_seed(config.eval_seed, "eval", 0))
+    # as many rows as in the evaluation, where rounding would be another for one
+    observations = np.zeros((config.n_episodes, task.observation_dim), np.float32)
+    while not episode.over:
+        video.add_frame()
+        observations[0] = scaling.observation(episode.observation)
+        episode.step(agent.act(observations, explore=False)[0])
+    video.writer.close()
+
+
 def evaluate(run: Path, n: int, seed: int | None, video: Path | None) -> str:
     """Play `n` episodes and say what they yielded."""
     config, agent, scaling, task = load_policy(run)
     seed = config.eval_seed if seed is None else seed
+    config = dataclasses.replace(config, n_episodes=n, eval_seed=seed)
     if video:
-        recorder = Video(task, video)
-        cal_ql.evaluate(task, scaling, agent, seed, 1, recorder.add_frame)
-        recorder.writer.close()
-    episodes = cal_ql.evaluate(task, scaling, agent, seed, n, lambda: None)
+        record(video, config, agent, scaling, task)
+    episodes = cal_ql.Evaluator(config).evaluate(agent, scaling, between=lambda: None)
     lines = [
         f"{n} episodes of {config.env}, seed {seed}",
-        f"return            {mean_interval([sum(episode.rewards) for episode in episodes])}",
+        f"return            {mean_interval([episode.episode_return for episode in episodes])}",
         f"normalized score  {mean_interval([episode.score for episode in episodes])}",
     ]
     if task.has_goal:
