@@ -857,6 +857,17 @@ class Adam(nn.Module):
         adam(self.trained, list(gradients), *state, self.lr)
 
 
+@contextlib.contextmanager
+def named_compiler_failure() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise RunError(f"compile: torch.compile fails ({reason}); take --compile false") from error
+
+
 class Agent(nn.Module):
     """Actor, twin critics, their targets, temperatures and optimizers, and the update."""
 
@@ -902,7 +913,8 @@ class Agent(nn.Module):
         cloning = self.updates < self.config.bc_steps
         self.updates += 1
         follow = self.updates % self.config.target_update_period == 0
-        return self.step(batch, online, cloning, follow)
+        with named_compiler_failure():
+            return self.step(batch, online, cloning, follow)
 
     def step(self, batch: Batch, online: bool, cloning: bool, follow: bool) -> dict[str, Tensor]:
         """The update as a function of tensors, which one captured graph can hold.
@@ -1020,7 +1032,9 @@ class Agent(nn.Module):
 
     def act(self, observations: np.ndarray, explore: bool) -> np.ndarray:
         """The policy's actions [B, A] at observations [B, S]: samples, or tanh of the mean."""
-        return self.choose(torch.from_numpy(observations).to(self.device), explore).cpu().numpy()
+        with named_compiler_failure():
+            actions = self.choose(torch.from_numpy(observations).to(self.device), explore)
+        return actions.cpu().numpy()
 
     @torch.no_grad()
     def choose(self, observations: Tensor, explore: bool) -> Tensor:

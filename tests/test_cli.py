@@ -354,7 +354,6 @@ BAD_OPTIONS = {
     "--discount nan": "discount",
     "--discount 1.01": "discount",
     "--precision float16": "precision",
-    "--precision tf32": "precision",  # on a CPU
     "--compile maybe": "compile",
     "--eval_workers 0": "eval_workers",
     "--mixing_ratio 1.5": "mixing_ratio",
@@ -429,6 +428,10 @@ def test_a_buffer_smaller_than_the_dataset_is_refused(folder: Path) -> None:
     line = error_line(call(*SMALL, "--buffer_size", 389))
     assert "buffer_size" in line and "390" in line
     assert call(*SMALL, "--buffer_size", 390, "--online_iterations", 0).returncode == 0
+
+
+def test_tf32_on_a_cpu_is_refused(folder: Path) -> None:
+    assert "precision: found tf32" in error_line(call(*SMALL, "--precision", "tf32"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -221,9 +221,9 @@ def empty(path: Path) -> None:
 
 def flip_a_bit(path: Path) -> None:
     """In the weights: torch.load itself does not notice."""
-    saved = torch.load(path, weights_only=True)["agent"]["critic"]
+    saved = torch.load(path, weights_only=True)["agent"]
     data = bytearray(path.read_bytes())
-    data[data.index(saved["weights.1"].numpy().tobytes())] ^= 1
+    data[data.index(saved["critic.weights.1"].numpy().tobytes())] ^= 1
     path.write_bytes(data)
 
 

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import cal_ql
-from tools import evaluate, report
+from tools import benchmark, evaluate, report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,6 +89,46 @@ def test_evaluate_records_a_video_or_says_what_is_missing(finished_run, tmp_path
         assert result.stderr.count("\n") == 1 and "OpenGL" in result.stderr
     else:
         assert video.read_bytes().startswith(b"GIF8")
+
+
+@pytest.mark.parametrize("best_of_many", [False, True])
+def test_benchmark_counts_the_operations_that_torch_counts(best_of_many):
+    sizes = dict(batch_size=8, hidden_dim=24, cql_n_actions=3, actor_n_hidden_layers=2)
+    config = cal_ql.Config(**sizes, q_n_hidden_layers=4, cql_max_target_backup=best_of_many)
+    agent = cal_ql.Agent(5, 2, config, torch.device("cpu"))
+    column, wide = torch.zeros(8), torch.zeros(8, 5)
+    batch = cal_ql.Batch(wide, torch.zeros(8, 2), column, wide, column, column)
+    with FlopCounterMode(display=False) as counter:
+        agent.update(batch, online=False)
+    assert benchmark.flops(config, 5, 2) == counter.get_total_flops()
+
+
+def test_benchmark_counts_kernels_and_not_views():
+    x = torch.ones(4, 4)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        torch.relu(x.mT[:2].reshape(4, 2) @ x[:2])  # a copy, a product and a ReLU
+        torch._foreach_add_([x, x], 1.0)
+    tops = [event for event in profiled.events() if event.cpu_parent is None]
+    assert sum(map(benchmark.count_kernels, tops)) == 4
+
+
+def test_benchmark_reports_a_run(tmp_path):
+    config = cal_ql.Config(
+        device="cpu",
+        env="maze2d-umaze-v1",
+        dataset_path=str(ROOT / "datasets/maze2d-umaze-v1-small.hdf5"),
+        checkpoints_path=str(tmp_path),
+        batch_size=16,
+        hidden_dim=8,
+        online_iterations=1000,
+    )
+    found = benchmark.benchmark(config, repeats=1)
+    assert found["offline transitions"] == 98_913
+    # float32: an observation of 4, an action of 2, three numbers; a next observation online alone
+    assert found["bytes an online transition"] == 4 * (4 + 2 + 3 + 4)
+    assert found["bytes an offline transition"] == pytest.approx(4 * (4 + 2 + 3) + 8, rel=0.02)
+    assert all(value > 0 for value in found.values() if not isinstance(value, str))
+    assert sum(found[name] for name in found if name.startswith("share of the")) == pytest.approx(1)
 
 
 def test_intervals():

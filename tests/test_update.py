@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._inductor.config
 
-from cal_ql import Adam, Agent, Batch, Config
+from cal_ql import Adam, Agent, Batch, Config, RunError
 
 S, A = 5, 2
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -15,7 +15,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 def make_agent(device: torch.device = CPU, **options) -> Agent:
     torch.manual_seed(0)
-    sizes = dict(batch_size=8, cql_n_actions=3, hidden_dim=16)
+    sizes = dict(batch_size=8, cql_n_actions=3, hidden_dim=16, actor_n_hidden_layers=1)
     everything = dict(cql_lagrange=True, cql_max_target_backup=True, backup_entropy=True)
     return Agent(S, A, Config(**sizes | everything | options), device)
 
@@ -110,8 +110,14 @@ def test_a_graph_that_breaks_is_refused(monkeypatch):
         return found
 
     monkeypatch.setattr(agent, "losses", losses_and_a_branch)
-    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+    with pytest.raises(RunError, match="compile: .*; take --compile false"):
         agent.update(make_batch(0), online=False)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(RunError, match="compile: .*no-such-compiler.*; take --compile false"):
+        make_agent(compile=True).act(np.ones((1, S), np.float32), explore=False)
 
 
 # ---------------------------------------------------------------------------------------- Adam
