@@ -864,7 +864,7 @@ def named_compiler_failure() -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).split("\n")[:2])
         raise RunError(f"compile: torch.compile fails ({reason}); take --compile false") from error
 
 
