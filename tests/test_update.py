@@ -89,8 +89,8 @@ def test_every_kind_of_update_is_one_graph_and_computes_the_same(monkeypatch):
     assert_same_updates(eager, make_agent(compile=True, **options), range(6), online_from=3)
 
 
-def test_compiled_by_inductor(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # eager's numbers
+@torch._inductor.config.patch(fallback_random=True)  # eager's numbers
+def test_compiled_by_inductor():
     eager, compiled = make_agent(), make_agent(compile=True)
     assert_same_updates(eager, compiled, range(3), online_from=3)
     observations = np.ones((4, S), np.float32)
@@ -114,8 +114,8 @@ def test_a_graph_that_breaks_is_refused(monkeypatch):
         agent.update(make_batch(0), online=False)
 
 
-def test_a_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+@torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
+def test_a_missing_compiler_is_named():
     with pytest.raises(RunError, match="compile: .*no-such-compiler.*; take --compile false"):
         make_agent(compile=True).act(np.ones((1, S), np.float32), explore=False)
 
