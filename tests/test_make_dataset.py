@@ -119,11 +119,13 @@ def test_each_row_is_a_transition_of_the_environment(
         assert reward == dataset["rewards"][row]
         assert done == dataset["terminals"][row]
         if followed[row]:
-            deviations.append(np.abs(observation - dataset["observations"][row + 1]).max())
-    # positions reach 36, so that float32 resolves 4e-6; where a foot just touches the ground, that
-    # decides about the contact
-    assert np.quantile(deviations, 0.99) < 4e-5
-    assert max(deviations) < (0.5 if task == ANT else 4e-5)
+            expected = dataset["observations"][row + 1]
+            # positions reach 36, so that float32 resolves 4e-6
+            if not np.allclose(observation, expected, atol=1e-5, rtol=1e-6):
+                deviations.append(np.abs(observation - expected).max())
+    # where a foot just touches the ground, that rounding decides about the contact
+    assert len(deviations) <= (0.01 * len(rows) if task == ANT else 0)
+    assert max(deviations, default=0.0) < 0.5
 
 
 def test_an_antmaze_episode_follows_from_its_seed_and_actions(

@@ -290,9 +290,7 @@ def main() -> int:
     try:
         config = cal_ql.parse_config(options)
         with tempfile.TemporaryDirectory() as directory:
-            config = dataclasses.replace(
-                config, checkpoints_path=directory, log_freq=10, cql_alpha_online=config.cql_alpha
-            )
+            config = dataclasses.replace(config, checkpoints_path=directory, log_freq=10)
             task = cal_ql.Task(config.env)
             if config.dataset_path is None:
                 path = Path(directory) / "random.hdf5"
@@ -301,7 +299,7 @@ def main() -> int:
             found = benchmark(config, args.repeats)
             found["kernels an update, eager"] = kernels(config, task, compiled=False)
             found["kernels an update, compiled"] = kernels(config, task, compiled=True)
-    except cal_ql.InputError as error:
+    except (cal_ql.InputError, cal_ql.RunError) as error:
         print("benchmark.py: error:", *str(error).split(), file=sys.stderr)  # one line
         return 2
     if args.json:
