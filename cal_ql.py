@@ -14,47 +14,46 @@ stops the push at a return that was really achieved, so fine-tuning has nothing 
     python cal_ql.py --config_path configs/antmaze.yaml --env antmaze-large-play-v2 --seed 1
     python cal_ql.py --help
 
-Each section needs only those above it: configuration, environments, dataset, replay buffer,
-networks, losses, agent, episodes, run directory, logging, training.
+Each section needs only those above it: configuration, returns and buffers, networks, losses and
+agent, episodes, logging, training. What it trains on is in tasks.py; what surrounds a run (command
+line, directory on disk, signals, W&B), in runs.py.
 """
 
-import atexit
-import contextlib
+import os
+import signal
+
+if __name__ == "__main__":  # the imports take seconds, and PID 1 ignores what it has no handler for
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+
+import copy
 import ctypes
-import dataclasses
-import difflib
-import fcntl
 import hashlib
-import http.client
 import json
 import math
 import multiprocessing
-import os
-import queue
-import signal
+import pickle
+import re
 import sys
-import threading
 import time
-import urllib.request
-import uuid
-import zipfile
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, get_args
+from typing import Any, NamedTuple, Optional
 
-import h5py
 import numpy as np
-import pyrallis
 import torch
 import torch.nn.functional as F
-import wandb
-import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import d4rl_compat
+import runs
+import tasks
+from runs import InputError, RunDirectory, RunError, Stop, StopSignals
+from tasks import Task
 
 
 class Batch(NamedTuple):
@@ -65,15 +64,7 @@ class Batch(NamedTuple):
     rewards: Any  # [B], scaled and shifted
     next_observations: Any  # [B, S]
     terminals: Any  # [B], 1 where the episode terminated; a time limit's truncation is no terminal
-    returns_to_go: Any  # [B], discounted; -inf while the episode is still running
-
-
-class InputError(Exception):
-    """A wrong option, file or device: one line for the user, exit code 2."""
-
-
-class RunError(Exception):
-    """Something that ends a run on its way: one line for the user, exit code 1."""
+    returns_to_go: Any  # [B], discounted
 
 
 # ---------------------------------------------------------------------------- configuration
@@ -83,22 +74,22 @@ class RunError(Exception):
 class Config:
     device: str = "cuda"  # Where the networks live: cuda, cuda:N, cpu or auto
     precision: Optional[str] = None  # float32 or tf32; null is tf32 on CUDA, float32 on the CPU
-    compile: Optional[bool] = None  # Compile the update and the actor; null does so on CUDA alone
-    env: str = "halfcheetah-medium-expert-v2"  # D4RL task name
+    compile: bool = False  # Compile the losses and their gradients by torch.compile
+    env: str = "halfcheetah-medium-expert-v2"  # Task name
     seed: int = 0  # Seed of the networks, batches, exploration and training episodes
     eval_seed: int = 0  # Seed of the evaluation episodes; every evaluation plays the same ones
     eval_freq: int = 5000  # Steps between two evaluations
-    n_episodes: int = 10  # Episodes an evaluation
-    eval_workers: Optional[int] = None  # Processes that play them; null is one a core
+    n_episodes: int = 10  # Episodes per evaluation
+    eval_workers: Optional[int] = None  # Processes that play them; null is one per core, at most 8
     offline_iterations: int = 1_000_000  # Updates in the offline phase
     online_iterations: int = 1_000_000  # Environment steps in the online phase
     checkpoints_path: Optional[str] = None  # Where the run gets its directory; null saves nothing
     checkpoint_freq: Optional[int] = None  # Steps between two checkpoints; null is eval_freq
     resume: bool = True  # Continue the run that checkpoints_path holds; false refuses to touch it
-    load_model: str = ""  # Checkpoint from which networks, temperatures and optimizers start
+    load_model: str = ""  # Checkpoint whose networks, temperatures and scaling a new run takes
 
     buffer_size: int = 2_000_000  # Capacity of each replay buffer, at least the dataset's size
-    batch_size: int = 256  # Transitions an update
+    batch_size: int = 256  # Transitions per update
     discount: float = 0.99  # Discount factor
     alpha_multiplier: float = 1.0  # Multiplier of the entropy temperature
     use_automatic_entropy_tuning: bool = True  # Learn the entropy temperature
@@ -111,7 +102,7 @@ class Config:
 
     cql_alpha: float = 10.0  # Weight of the CQL regularizer in the offline phase
     cql_alpha_online: float = 10.0  # Weight of the CQL regularizer in the online phase
-    cql_n_actions: int = 10  # Actions sampled a state: random, of the policy, of the next policy
+    cql_n_actions: int = 10  # Actions sampled per state: random, of the policy, of the next policy
     cql_importance_sample: bool = True  # Weigh the sampled actions by their inverse density
     cql_lagrange: bool = False  # Tune the regularizer's weight by a Lagrange multiplier
     cql_target_action_gap: float = -1.0  # CQL difference at which the multiplier rests
@@ -133,7 +124,7 @@ class Config:
     is_sparse_reward: bool = False  # A failed episode is taken to go on failing for ever
     mixing_ratio: float = 0.5  # Share of offline data in the online phase's batches
     online_utd_ratio: int = 1  # Updates per environment step in the online phase
-    dataset_path: Optional[str] = None  # HDF5 file in D4RL's layout; null is D4RL's own
+    dataset_path: Optional[str] = None  # File of the task's data; null is the published one
 
     log_freq: int = 1000  # Steps over which metrics are averaged before they are logged
     project: str = "CORL"  # Weights & Biases project
@@ -144,318 +135,43 @@ class Config:
     def total_steps(self) -> int:
         return self.offline_iterations + self.online_iterations
 
-    @property
-    def phase_ends(self) -> tuple[int, int]:
-        return self.offline_iterations, self.total_steps
-
     def is_due(self, step: int, freq: Optional[int]) -> bool:
         """Whether what is done every `freq` steps, and at the phases' ends, is done at `step`."""
-        return step in self.phase_ends or step > 0 and step % (freq or self.eval_freq) == 0
+        phase_ends = self.offline_iterations, self.total_steps
+        return step in phase_ends or step % (freq or self.eval_freq) == 0
 
     @property
-    def offline_batch_size(self) -> int:
-        """Offline transitions in a batch of the online phase; the rest are online ones."""
-        return int(self.batch_size * self.mixing_ratio)
-
-    @property
-    def run_name(self) -> str:
-        """Name of the run and its directory: equal for equal options, different for different.
-
-        Only what differs from the defaults counts, so that new options leave old runs their names.
-        """
-        options = differing_options(dataclasses.asdict(Config()), dataclasses.asdict(self))
-        digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
-        return f"{self.name}-{self.env}-seed{self.seed}-{digest[:8]}"
+    def online_batch_size(self) -> int:
+        """Online transitions in a batch of the online phase; the rest are offline ones."""
+        return self.batch_size - int(self.batch_size * self.mixing_ratio)
 
 
-def differing_options(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The options of `other` that make it another experiment than `one`."""
-    elsewhere = {"device", "compile", "eval_workers"}  # where and how fast, not what
-    elsewhere |= {"checkpoints_path", "resume", "project", "group"}
-    return {k: v for k, v in other.items() if k not in elsewhere and one.get(k) != v}
+# Options, what must hold for a value (in a config), and the same in words.
+RANGES: runs.Ranges = [
+    ("eval_freq n_episodes log_freq online_utd_ratio", lambda x, _: x >= 1, "1 or more"),
+    ("buffer_size batch_size target_update_period", lambda x, _: x >= 1, "1 or more"),
+    ("cql_n_actions hidden_dim", lambda x, _: x >= 1, "1 or more"),
+    ("q_n_hidden_layers actor_n_hidden_layers", lambda x, _: x >= 1, "1 or more"),
+    ("checkpoint_freq eval_workers", lambda x, _: x is None or x >= 1, "1 or more, or null"),
+    ("offline_iterations online_iterations bc_steps", lambda x, _: x >= 0, "0 or more"),
+    ("seed eval_seed", lambda x, _: 0 <= x < 2**32, "0 to 2**32 - 1"),
+    ("cql_alpha cql_alpha_online alpha_multiplier", lambda x, _: 0 <= x < math.inf, "0 or more"),
+    ("policy_lr qf_lr cql_temp", lambda x, _: 0 < x < math.inf, "a number above 0"),
+    ("reward_scale reward_bias", lambda x, _: math.isfinite(x), "a finite number"),
+    ("cql_target_action_gap", lambda x, _: math.isfinite(x), "a finite number"),
+    ("discount soft_target_update_rate mixing_ratio", lambda x, _: 0 <= x <= 1, "0 to 1"),
+    ("discount", lambda x, c: x < 1 or not c.is_sparse_reward, "below 1 for is_sparse_reward"),
+    ("mixing_ratio", lambda _, c: c.online_batch_size or not c.online_iterations, "less"),
+    ("cql_clip_diff_min", lambda x, _: not math.isnan(x), "a number"),
+    ("cql_clip_diff_max", lambda x, c: x >= c.cql_clip_diff_min, "cql_clip_diff_min or more"),
+    ("device", lambda x, _: re.fullmatch(r"auto|cpu|cuda(:\d+)?", x), "cuda, cuda:N, cpu or auto"),
+    ("precision", lambda x, _: x in (None, "float32", "tf32"), "float32, tf32 or null"),
+    ("name", lambda x, _: x and "/" not in x, "a name without /, as it begins a directory's"),
+    ("checkpoints_path dataset_path", lambda x, _: x != "", "a path or null"),
+]
 
 
-def cast(value: Any, kind: Any) -> Any:
-    """A YAML value as an option's type; raises TypeError or ValueError where it does not fit."""
-    if value is None and type(None) in get_args(kind):
-        return value
-    if kind in (bool, Optional[bool]) and isinstance(value, bool):
-        return value
-    if kind in (str, Optional[str]) and not isinstance(value, (dict, list, type(None))):
-        return str(value)
-    if kind is float and not isinstance(value, bool):
-        return float(value)
-    if kind in (int, Optional[int]) and not isinstance(value, bool) and float(value).is_integer():
-        return int(float(value))
-    raise TypeError
-
-
-def decode_config(options: dict[str, Any]) -> Config:
-    """Check names and types, about which pyrallis itself asks no questions; then the values."""
-    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
-    expected = {float: "a number", str: "text", Optional[str]: "text"}
-    expected |= dict.fromkeys((bool, Optional[bool]), "true or false")
-    for name, value in options.items():
-        if name not in kinds:
-            close = difflib.get_close_matches(name, kinds)
-            hint = f"; close matches: {', '.join(close)}" if close else ""
-            raise InputError(f"{name}: there is no such option{hint} (--help lists them)")
-        try:
-            options[name] = cast(value, kinds[name])
-        except (TypeError, ValueError):
-            wanted = expected.get(kinds[name], "a whole number")
-            raise InputError(f"{name}: found {value!r}, expected {wanted}") from None
-    config = Config(**options)
-    validate(config)
-    return config
-
-
-def validate(config: Config) -> None:
-    """Raise `InputError` for the first option with an impossible value."""
-
-    def expect(names: str, holds: Callable[[Any], bool], expected: str) -> None:
-        for name in names.split():
-            value = getattr(config, name)
-            if not holds(value):
-                raise InputError(f"{name}: found {value!r}, expected {expected}")
-
-    positive = "eval_freq n_episodes buffer_size batch_size target_update_period cql_n_actions"
-    positive += " q_n_hidden_layers actor_n_hidden_layers hidden_dim online_utd_ratio log_freq"
-    expect(positive, lambda x: x > 0, "1 or more")
-    expect("checkpoint_freq eval_workers", lambda x: x is None or x > 0, "1 or more, or null")
-    expect("precision", lambda x: x in (None, "float32", "tf32"), "float32, tf32 or null")
-    expect("offline_iterations online_iterations bc_steps", lambda x: x >= 0, "0 or more")
-    expect("seed eval_seed", lambda x: 0 <= x < 2**32, "0 to 2**32 - 1")
-    weights = "cql_alpha cql_alpha_online alpha_multiplier"
-    expect(weights, lambda x: 0 <= x < math.inf, "0 or more")
-    expect("policy_lr qf_lr cql_temp", lambda x: 0 < x < math.inf, "a number above 0")
-    expect("reward_scale reward_bias cql_target_action_gap", math.isfinite, "a finite number")
-    shares = "discount soft_target_update_rate mixing_ratio"
-    expect(shares, lambda x: 0 <= x <= 1, "between 0 and 1")
-    low = config.cql_clip_diff_min
-    expect("cql_clip_diff_max", lambda x: x >= low, f"at least cql_clip_diff_min, {low}")
-    if config.is_sparse_reward:
-        expect("discount", lambda x: x < 1, "less than 1, for is_sparse_reward divides by 1 - it")
-    if config.online_iterations and config.offline_batch_size == config.batch_size:
-        problem = f"less: of a batch of {config.batch_size} it leaves no online transition"
-        expect("mixing_ratio", lambda x: False, problem)
-
-
-def parse_config(args: Optional[list[str]] = None) -> Config:
-    """Read the command line over the YAML file of `--config_path` over the defaults.
-
-    Raises `InputError` for an unknown option, a wrong type or an impossible value.
-    """
-
-    class Parser(pyrallis.argparsing.ArgumentParser):
-        def error(self, message: str) -> None:
-            raise InputError(f"{message} (--help lists the options)")
-
-    pyrallis.decode.register(Config, decode_config)
-    try:
-        return Parser(config_class=Config, allow_abbrev=False).parse_args(args)
-    except OSError as error:
-        raise InputError(f"config_path: cannot read {error.filename}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
-        problem = " ".join(str(error).split())
-        raise InputError(f"config_path: not a YAML file of options ({problem})") from None
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device called `name`; raises `InputError` where this machine has none such."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device: found {name!r}, expected cuda, cuda:N, cpu or auto") from None
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(
-            f"device: found {name!r}, but this machine has {count} CUDA devices; "
-            "take --device cpu or --device auto"
-        )
-    return device
-
-
-def set_precision(precision: Optional[str], device: torch.device) -> None:
-    """Choose how matrix products compute; raises `InputError` for tf32 where there is none."""
-    if precision == "tf32" and device.type != "cuda":
-        raise InputError(f"precision: found tf32, expected float32 on {device}")
-    tf32 = (precision or "tf32") == "tf32" and device.type == "cuda"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse what an update frees; to get it anew costs a tenth of a CPU's time."""
-    with contextlib.suppress(OSError, AttributeError):  # another libc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, in bytes
-
-
-# ---------------------------------------------------------------------------- environments
-
-
-LOCOMOTION = ("halfcheetah", "hopper", "walker2d", "ant-")  # D4RL's tasks without a goal
-
-
-class Task:
-    """A D4RL environment: actions in [-1, 1], float32 observations, episodes seeded one by one.
-
-    `step` tells the two ends of an episode apart: `terminal` is the task's own, also on the last
-    permitted step; `truncated` is the time limit's. `success` is whether the goal is reached in
-    this step. Raises `InputError` for a task that D4RL does not have or that cannot run here.
-    """
-
-    def __init__(self, name: str):
-        try:
-            self.env = d4rl_compat.make(name)
-            self.normalized_score(0.0)
-        except ValueError as error:
-            raise InputError(f"env: {error}") from None
-        except AttributeError:
-            raise InputError(f"env: found {name!r}, expected one of D4RL's tasks") from None
-        self.max_episode_steps: int = self.env.spec.max_episode_steps
-        self.observation_dim: int = self.env.observation_space.shape[0]
-        self.action_dim: int = self.env.action_space.shape[0]
-        self.action_scale: np.ndarray = self.env.action_space.high
-        self.is_locomotion = name.startswith(LOCOMOTION)
-        self.has_goal = not self.is_locomotion and "dense" not in name
-        self.ends_at_goal = name.startswith("kitchen")
-
-    def reset(self, episode_seed: int) -> np.ndarray:
-        return d4rl_compat.reset(self.env, episode_seed).astype(np.float32)
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, bool]:
-        """Returns (observation [S], reward, terminal, truncated, success) for action [A]."""
-        observation, reward, done, info = self.env.step(action * self.action_scale)
-        truncated = done and info.get("TimeLimit.truncated", False)
-        terminal = done and not truncated
-        success = info.get("goal_achieved", terminal if self.ends_at_goal else reward > 0)
-        return observation.astype(np.float32), float(reward), terminal, truncated, bool(success)
-
-    def normalized_score(self, episode_return: float) -> float:
-        """D4RL's score of an episode's undiscounted raw return: 0 is random, 100 an expert."""
-        return 100.0 * float(self.env.get_normalized_score(episode_return))
-
-
-def episode_seed(seed: int, purpose: str, number: int) -> int:
-    """Seed of one episode: a function of the run's seed and the episode's number alone."""
-    entropy = (seed, ("train", "eval").index(purpose), number)
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
-
-
-# ---------------------------------------------------------------------------- dataset
-
-
-def dataset_file(config: Config, task: Task) -> Path:
-    """Path of the dataset, downloaded where it has to be.
-
-    Raises `InputError` where the file is missing or the server cannot be reached.
-    """
-    if config.dataset_path is not None:
-        path = Path(config.dataset_path)
-        if not path.is_file():
-            raise InputError(
-                f"dataset_path: there is no file {path}; make one with "
-                f"`python tools/make_dataset.py {config.env}`"
-            )
-        return path
-    url = task.env.dataset_url
-    if not url:
-        raise InputError(f"env: D4RL has no data for {config.env}; name a file by --dataset_path")
-    directory = os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")
-    path = Path(directory).expanduser() / url.rpartition("/")[2]
-    if not path.is_file():
-        download(url, path, config.env)
-    return path
-
-
-def download(url: str, path: Path, env_name: str) -> None:
-    """Fetch `url` to a temporary name beside `path`, renamed when whole."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
-            size = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=size or None, desc=path.name, unit="B", unit_scale=True) as bar:
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-            if bar.n < size:
-                raise OSError(f"the connection ended after {bar.n} of {size} bytes")
-        os.replace(part, path)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        part.unlink(missing_ok=True)
-        raise InputError(
-            f"dataset: cannot download {url} ({error}); fetch it elsewhere and put it "
-            f"at {path}, or make data with `python tools/make_dataset.py {env_name}` "
-            "and name it with --dataset_path"
-        ) from None
-
-
-def read_dataset(path: Path, task: Task) -> dict[str, np.ndarray]:
-    """Read and check the arrays of a file in D4RL's layout, one row a step.
-
-    Returns observations [N, S], actions [N, A] (scaled into [-1, 1]) and rewards [N] in float32,
-    terminals [N] in bool; where the file has them, next_observations [N, S] and timeouts [N].
-    Raises `InputError` that names the file and what is wrong with it.
-    """
-
-    def expect(holds: bool, problem: str) -> None:
-        if not holds:
-            raise InputError(f"dataset {path}: {problem}")
-
-    keys = ["observations", "actions", "rewards", "terminals", "next_observations", "timeouts"]
-    try:
-        with h5py.File(path, "r") as file:
-            raw = {key: file[key][:] for key in keys if key in file}
-    except Exception as error:  # h5py raises whatever it meets in a broken file
-        raise InputError(
-            f"dataset {path}: not a whole HDF5 file ({error}); delete it and fetch or make it again"
-        ) from None
-    missing = [key for key in keys[:4] if key not in raw]
-    expect(not missing, f"it lacks {', '.join(missing)}; D4RL's layout has {', '.join(keys[:4])}")
-    n = len(raw["rewards"])
-    expect(n > 1, f"it has {n} rows, at least 2 are needed")
-    shapes = {"observations": (n, task.observation_dim), "actions": (n, task.action_dim)}
-    shapes["next_observations"] = shapes["observations"]
-    for key, value in raw.items():
-        shape = shapes.get(key, (n,))
-        if value.shape == (n, 1) and shape == (n,):
-            value = value[:, 0]
-        expect(value.shape == shape, f"{key} has shape {value.shape}, the task needs {shape}")
-        expect(value.dtype.kind in "biuf", f"{key} holds {value.dtype}, expected real numbers")
-        expect(np.isfinite(value).all(), f"{key} holds NaN or infinite values")
-        raw[key] = value.astype(bool if key in ("terminals", "timeouts") else np.float32)
-    raw["actions"] /= task.action_scale
-    largest = np.abs(raw["actions"]).max()
-    expect(
-        largest <= 1 + 1e-6, f"actions reach {largest:.4g}, expected [-1, 1]; scale or clip them"
-    )
-    return raw
-
-
-def episode_ends(
-    raw: dict[str, np.ndarray], max_episode_steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows are the last of their episode, and which of them a time limit cut: [N] bool each.
-
-    An episode ends at a terminal, at a timeout, where the next observation is not the following
-    row's observation, and with the file. Where the file has no timeouts, the length limit stands
-    for them. (Where it has, an episode may hold one row more than the limit, as in D4RL's AntMaze.)
-    """
-    rows = np.arange(len(raw["rewards"]))
-    ends = raw["terminals"].copy()
-    if "next_observations" in raw:
-        jumps = raw["observations"][1:] - raw["next_observations"][:-1]
-        ends[:-1] |= np.linalg.norm(jumps, axis=1) > 1e-6
-    starts = np.maximum.accumulate(np.where(np.r_[True, ends[:-1]], rows, 0))
-    truncated = raw.get("timeouts", (rows - starts + 1) % max_episode_steps == 0)
-    ends |= truncated
-    ends[-1] = True
-    return ends, truncated
+# ---------------------------------------------------------------------------- returns and buffers
 
 
 def return_to_go(
@@ -466,7 +182,7 @@ def return_to_go(
     Args:
         rewards: [N], scaled and shifted.
         ends: [N] bool, the last row of each episode.
-        discount: the factor a step.
+        discount: the factor per step.
         failure_reward: in sparse tasks, what a step without success yields. An episode with no
             other reward has failed, and is taken to go on for ever: reward / (1 - discount).
 
@@ -500,73 +216,28 @@ class Scaling(NamedTuple):
         """In float32 throughout, so that equal rewards stay equal."""
         return np.float32(reward) * np.float32(self.reward_scale) + np.float32(self.reward_bias)
 
-    @classmethod
-    def of(cls, raw: dict[str, np.ndarray], ends: np.ndarray, config: Config, task: Task):
-        """The scaling that `normalize`, `normalize_reward`, `reward_scale` and `_bias` ask for."""
-        mean, std = np.zeros(task.observation_dim, np.float32), np.ones(1, np.float32)
-        if config.normalize:
-            observations = raw["observations"]
-            mean, std = observations.mean(0), observations.std(0) + np.float32(1e-3)
-        scale = config.reward_scale
-        if config.normalize_reward and task.is_locomotion:
-            returns = np.add.reduceat(raw["rewards"], np.flatnonzero(np.r_[True, ends[:-1]]))
-            scale *= task.max_episode_steps / (float(np.ptp(returns)) or 1.0)
-        return cls(mean, std, scale, config.reward_bias)
+
+def scaling_of(
+    rows: dict[str, np.ndarray], ends: np.ndarray, config: Config, task: Task
+) -> Scaling:
+    """What `normalize`, `normalize_reward`, `reward_scale` and `reward_bias` make of the data."""
+    mean, std, scale = np.zeros(1, np.float32), np.ones(1, np.float32), config.reward_scale
+    if config.normalize:
+        mean, std = rows["observations"].mean(0), rows["observations"].std(0) + np.float32(1e-3)
+    if config.normalize_reward and task.is_locomotion:
+        returns = np.add.reduceat(rows["rewards"], np.flatnonzero(np.r_[True, ends[:-1]]))
+        scale *= task.max_episode_steps / (float(np.ptp(returns)) or 1.0)
+    return Scaling(mean, std, scale, config.reward_bias)
 
 
 class Dataset(NamedTuple):
-    rows: Batch  # numpy arrays [N, ...]; next_observations is None where the next row has them
-    transitions: np.ndarray  # [n] int, the rows that are transitions
+    """The offline data on the training device, sampled uniformly with replacement."""
+
+    rows: Batch  # tensors [N, ...], of which the last rows of cut episodes are no transitions
+    transitions: Tensor  # [n] int, the rows that are
     n_episodes: int
     scaling: Scaling
-    failure_reward: Optional[float]  # for `return_to_go`; None in dense tasks
-
-
-def load_dataset(config: Config, task: Task) -> Dataset:
-    """The transitions of `d4rl.qlearning_dataset`, scaled, with their returns-to-go.
-
-    The last row of a truncated episode has no next observation, so it is no transition, but its
-    reward counts in the return-to-go of the rows before. Raises `InputError` for a bad file or a
-    `buffer_size` that cannot hold the data.
-    """
-    path = dataset_file(config, task)
-    raw = read_dataset(path, task)
-    ends, truncated = episode_ends(raw, task.max_episode_steps)
-    scaling = Scaling.of(raw, ends, config, task)
-    rewards = scaling.reward(raw["rewards"])
-    failure_reward = float(rewards.min()) if config.is_sparse_reward else None
-    returns_to_go = return_to_go(rewards, ends, config.discount, failure_reward)
-    transitions = np.flatnonzero(~truncated[:-1])
-    n = len(transitions)
-    if n == 0:
-        raise InputError(f"dataset {path}: it holds no transition, only ends of episodes")
-    if config.buffer_size < n:
-        raise InputError(
-            f"buffer_size: found {config.buffer_size}, expected at least the {n} transitions of "
-            f"{path}"
-        )
-    observations, next_observations = scaling.observation(raw["observations"]), None
-    if "next_observations" in raw:
-        next_observations = scaling.observation(raw["next_observations"])
-    terminals = raw["terminals"].astype(np.float32)
-    rows = observations, raw["actions"], rewards, next_observations, terminals, returns_to_go
-    return Dataset(Batch(*rows), transitions, int(ends.sum()), scaling, failure_reward)
-
-
-# ---------------------------------------------------------------------------- replay buffer
-
-
-class OfflineBuffer:
-    """The dataset on the training device, sampled uniformly with replacement."""
-
-    def __init__(self, dataset: Dataset, device: torch.device):
-        def move(column: Optional[np.ndarray]) -> Optional[Tensor]:
-            return None if column is None else torch.as_tensor(column, device=device)
-
-        self.rows = Batch(*map(move, dataset.rows))
-        if self.rows.next_observations is None:  # a view: no observation is stored twice
-            self.rows = self.rows._replace(next_observations=self.rows.observations[1:])
-        self.transitions = move(dataset.transitions)
+    failure_reward: Optional[float]  # for `return_to_go`, scaled; None in dense tasks
 
     def sample(self, batch_size: int) -> Batch:
         n = len(self.transitions)
@@ -574,67 +245,100 @@ class OfflineBuffer:
         return Batch(*(column[rows] for column in self.rows))
 
 
-class ReplayBuffer:
-    """A ring of transitions on the training device, sampled uniformly with replacement."""
+def load_dataset(
+    config: Config, task: Task, path: Path, device: torch.device, trained: dict[str, Any]
+) -> Dataset:
+    """The transitions of the file at `path`, scaled, with their returns-to-go.
 
-    def __init__(self, capacity: int, observation_dim: int, action_dim: int, device: torch.device):
-        shapes = Batch((observation_dim,), (action_dim,), (), (observation_dim,), (), ())
-        self.rows = Batch(*(torch.zeros((capacity, *shape), device=device) for shape in shapes))
-        self.capacity = capacity
-        self.size = 0  # rows that hold a transition
-        self.position = 0  # row of the next transition
+    The last row of a truncated episode has no next observation, so it is no transition, but its
+    reward counts in the return-to-go of the rows before. `trained` holds the mean and deviation
+    of observations where networks are trained with such already. Raises `InputError` for a bad
+    file, for options that do not suit it, and for values too large to train on.
+    """
+    if config.is_sparse_reward and task.failure_reward is None:
+        raise InputError(f"is_sparse_reward: found true, expected false: {config.env} is dense")
+    rows = task.rows(path)
+    ends, cut = tasks.episode_ends(rows, task.max_episode_steps)
+    cut[-1] |= not rows["terminals"][-1]
+    if config.buffer_size < (n := np.count_nonzero(~cut)):
+        found = f"buffer_size: found {config.buffer_size}, expected at least"
+        raise InputError(f"{found} the {n} transitions of {path}")
+    if n == 0:
+        raise InputError(f"dataset {path}: it holds no transition, only ends of episodes")
+    with np.errstate(all="ignore"):  # the check below names what overflows
+        scaling = scaling_of(rows, ends, config, task)._replace(**trained)
+        rows["rewards"] = rewards = scaling.reward(rows["rewards"])
+        failure = float(scaling.reward(task.failure_reward)) if config.is_sparse_reward else None
+        rows["returns_to_go"] = return_to_go(rewards, ends, config.discount, failure)
+        # one observation more, so that the next ones are a view: none is stored twice
+        padded = np.append(rows["observations"], rows["observations"][-1:], 0)
+        rows["observations"] = scaling.observation(padded)
+        if "next_observations" in rows:
+            rows["next_observations"] = scaling.observation(rows["next_observations"])
+    for name in Batch._fields:
+        if name in rows and not (largest := np.abs(rows[name]).max()) < 1e18:
+            raise InputError(
+                f"dataset {path}: {name} as scaled reach {largest:.3g}, expected less than 1e18, "
+                "whose square float32 can hold; check the file, reward_scale and normalize"
+            )
+    columns = {k: torch.as_tensor(v, device=device) for k, v in rows.items() if k in Batch._fields}
+    columns.setdefault("next_observations", columns["observations"][1:])
+    columns["observations"] = columns["observations"][:-1]
+    columns["terminals"] = columns["terminals"].float()
+    transitions = torch.as_tensor(np.flatnonzero(~cut), device=device)
+    return Dataset(Batch(**columns), transitions, int(ends.sum()), scaling, failure)
 
-    def latest(self, n: int) -> Tensor:
-        """Rows of the latest n transitions, or of those of them that are still in the ring."""
-        n = min(n, self.capacity)
-        device = self.rows.rewards.device
-        return torch.arange(self.position - n, self.position, device=device) % self.capacity
+
+class OnlineBuffer:
+    """A ring of the transitions of ended episodes, sampled uniformly with replacement.
+
+    It wraps at `buffer_size` alone, and has room for no more than the run can fill.
+    """
+
+    def __init__(self, config: Config, task: Task, device: torch.device):
+        self.capacity = min(config.buffer_size, config.online_iterations + task.max_episode_steps)
+        s, a = (task.observation_dim,), (task.action_dim,)
+        shapes = Batch(s, a, (), s, (), ())
+        self.rows = Batch(*(torch.zeros(self.capacity, *shape, device=device) for shape in shapes))
+        self.n_added = 0  # transitions
 
     def add(self, transitions: Batch) -> None:
         """Store transitions, numpy arrays [n, ...], over the oldest."""
-        n = len(transitions.rewards)
-        self.position = (self.position + n) % self.capacity
-        self.size = min(self.size + n, self.capacity)
-        rows = self.latest(n)
+        kept = min(len(transitions.rewards), self.capacity)
+        self.n_added += len(transitions.rewards)
+        device = self.rows.rewards.device
+        rows = torch.arange(self.n_added - kept, self.n_added, device=device) % self.capacity
         for column, values in zip(self.rows, transitions):
-            column[rows] = torch.as_tensor(values[-self.capacity :], device=column.device)
-
-    def fill_returns(self, returns_to_go: np.ndarray) -> None:
-        """Give the latest transitions, an ended episode's [T], their lower bounds."""
-        column = self.rows.returns_to_go
-        values = torch.as_tensor(returns_to_go[-self.capacity :], device=column.device)
-        column[self.latest(len(returns_to_go))] = values
+            column[rows] = torch.as_tensor(values[len(values) - kept :], device=device)
 
     def sample(self, batch_size: int) -> Batch:
-        index = torch.randint(self.size, (batch_size,), device=self.rows.rewards.device)
-        return Batch(*(column[index] for column in self.rows))
+        n = min(self.n_added, self.capacity)
+        rows = torch.randint(n, (batch_size,), device=self.rows.rewards.device)
+        return Batch(*(column[rows] for column in self.rows))
 
 
-def sample_mixed(offline: OfflineBuffer, online: ReplayBuffer, config: Config) -> Batch:
+def sample_mixed(offline: Dataset, online: OnlineBuffer, config: Config) -> Batch:
     """A batch of the online phase: `mixing_ratio` of it offline data, the rest online."""
-    n = config.offline_batch_size
-    pairs = zip(offline.sample(n), online.sample(config.batch_size - n))
+    n = config.online_batch_size
+    pairs = zip(offline.sample(config.batch_size - n), online.sample(n))
     return Batch(*(torch.cat(pair) for pair in pairs))
 
 
 # ---------------------------------------------------------------------------- networks
 
 
-def make_linear(inputs: int, outputs: int, orthogonal: bool, last: bool) -> nn.Linear:
-    """A linear layer with its initial weights; the last of a network starts close to zero."""
-    layer = nn.Linear(inputs, outputs)
-    if orthogonal:
-        nn.init.orthogonal_(layer.weight, gain=0.01 if last else math.sqrt(2.0))
-        nn.init.zeros_(layer.bias)
-    elif last:
-        nn.init.xavier_uniform_(layer.weight, gain=0.01)
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
 def make_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
-    last = len(sizes) - 2
-    return [make_linear(*sizes[i : i + 2], orthogonal, i == last) for i in range(last + 1)]
+    """Linear layers with their initial weights; the last one's outputs start close to zero."""
+    layers = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:])]
+    for layer in layers:
+        gain = 0.01 if layer is layers[-1] else math.sqrt(2.0)
+        if orthogonal:
+            nn.init.orthogonal_(layer.weight, gain)
+        elif layer is layers[-1]:
+            nn.init.xavier_uniform_(layer.weight, gain)
+        if orthogonal or layer is layers[-1]:
+            nn.init.zeros_(layer.bias)
+    return layers
 
 
 CPU_CACHE = 2**18  # values of a layer that a CPU keeps at hand, so larger batches go in pieces
@@ -647,25 +351,21 @@ class Critic(nn.Module):
         super().__init__()
         hidden = [config.hidden_dim] * config.q_n_hidden_layers
         sizes = [observation_dim + action_dim, *hidden, 1]
-        twins = [make_layers(sizes, config.orthogonal_init) for _ in range(2)]
-        pairs = list(zip(*twins))
+        pairs = list(zip(*(make_layers(sizes, config.orthogonal_init) for _ in range(2))))
         self.weights = nn.ParameterList(torch.stack([a.weight.T, b.weight.T]) for a, b in pairs)
         self.biases = nn.ParameterList(torch.stack([a.bias, b.bias])[:, None] for a, b in pairs)
         self.observation_dim = observation_dim
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Q-values [2, B, N] of N actions [B, N, A] in each observation [B, S]."""
-        batch_size, n_actions, _ = actions.shape
-        hidden_dim = self.weights[0].shape[-1]
-        n_states = max(1, CPU_CACHE // (n_actions * hidden_dim))
+        batch_size, n_actions, action_dim = actions.shape
+        n_states = max(1, CPU_CACHE // (n_actions * self.weights[0].shape[-1]))
         eager = actions.device.type == "cpu" and not torch.compiler.is_compiling()
         if eager and n_states < batch_size:
             pieces = zip(observations.split(n_states), actions.split(n_states))
             return torch.cat([self.forward(*piece) for piece in pieces], 1)
-        # the first layer is linear in (s, a): its share of s is computed once a state
-        of_state, of_action = self.weights[0].split(
-            [self.observation_dim, actions.shape[-1]], dim=1
-        )
+        # the first layer is linear in (s, a): its share of s is computed once per state
+        of_state, of_action = self.weights[0].split([self.observation_dim, action_dim], dim=1)
         x = torch.matmul(actions.flatten(0, 1), of_action).unflatten(1, (batch_size, n_actions))
         x = x + (torch.matmul(observations, of_state) + self.biases[0]).unsqueeze(2)
         x = x.relu_().flatten(1, 2)  # [2, B * N, hidden]
@@ -673,6 +373,13 @@ class Critic(nn.Module):
             x = torch.baddbmm(bias, x, weight).relu_()
         qs = torch.baddbmm(self.biases[-1], x, self.weights[-1])
         return qs.view(2, batch_size, n_actions)
+
+
+class Gaussian(NamedTuple):
+    """The policy's distributions before the tanh, one per observation."""
+
+    mean: Tensor  # [B, A]
+    log_std: Tensor  # [B, A]
 
 
 class Actor(nn.Module):
@@ -686,20 +393,13 @@ class Actor(nn.Module):
         self.log_std_multiplier = nn.Parameter(torch.tensor(1.0))
         self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
 
-    def forward(self, observations: Tensor) -> "Gaussian":
+    def forward(self, observations: Tensor) -> Gaussian:
         x = observations
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         mean, log_std = self.layers[-1](x).chunk(2, dim=-1)
         log_std = self.log_std_multiplier * log_std + self.log_std_offset
         return Gaussian(mean, log_std.clamp(-20.0, 2.0))
-
-
-class Gaussian(NamedTuple):
-    """The policy's distributions before the tanh, one per observation."""
-
-    mean: Tensor  # [B, A]
-    log_std: Tensor  # [B, A]
 
 
 class Sample(NamedTuple):
@@ -731,82 +431,6 @@ def squashed_log_density(pre_tanh: Tensor, noise: Tensor, log_std: Tensor) -> Te
     return (gaussian - log_jacobian).sum(-1)
 
 
-# ---------------------------------------------------------------------------- losses
-
-
-def next_value(next_qs: Tensor, entropy_bonus: Optional[Tensor] = None) -> Tensor:
-    """max_a min_i Q_i(s', a) [B] of target values [2, B, N] of N next actions.
-
-    N is 1, or with max-target backup cql_n_actions. `entropy_bonus` [B, N], -temperature times the
-    log-density of those actions, is added for the action that the max takes.
-    """
-    value, best = next_qs.amin(0).max(-1)
-    if entropy_bonus is not None:
-        value = value + entropy_bonus.gather(-1, best.unsqueeze(-1)).squeeze(-1)
-    return value
-
-
-def td_target(rewards: Tensor, terminals: Tensor, next_values: Tensor, discount: float) -> Tensor:
-    """r + discount * V(s') [B], not beyond a terminal."""
-    return rewards + discount * (1.0 - terminals) * next_values
-
-
-def calibrate(qs: Tensor, returns_to_go: Tensor) -> Tensor:
-    """max(Q(s, a), V(s)) for policy actions' Q-values [2, B, N] and V(s) [B] (paper, eq. 5.1)."""
-    return torch.maximum(qs, returns_to_go.unsqueeze(-1))
-
-
-def cql_difference(
-    data_q: Tensor,
-    random_q: Tensor,
-    policy_q: Tensor,
-    random_log_density: float,
-    policy_log_density: Tensor,
-    config: Config,
-) -> Tensor:
-    """logsumexp_a Q(s, a) - Q(s, a_data), clipped, averaged over the batch: [2], one a critic.
-
-    Args:
-        data_q: [2, B], of the data's actions.
-        random_q: [2, B, N], of uniform actions, each of density exp(random_log_density).
-        policy_q: [2, B, 2 N], calibrated, of the policy's actions at s and at s'.
-        policy_log_density: [B, 2 N], of the policy's actions.
-        config: the options `cql_importance_sample`, `cql_temp` and the two clips.
-
-    With importance sampling each value is weighed by the inverse of its action's density (CQL,
-    appendix F); without, the data's action joins the sampled ones.
-    """
-    if config.cql_importance_sample:
-        values = [random_q - random_log_density, policy_q - policy_log_density]
-    else:
-        values = [random_q, policy_q, data_q.unsqueeze(-1)]
-    temperature = config.cql_temp
-    soft_max = temperature * torch.logsumexp(torch.cat(values, -1) / temperature, -1)
-    difference = (soft_max - data_q).clamp(config.cql_clip_diff_min, config.cql_clip_diff_max)
-    return difference.mean(-1)
-
-
-def lagrange_loss(alpha_prime: Tensor, excess: Tensor) -> Tensor:
-    """Loss of the multiplier alpha', which grows while the differences exceed the gap, by [2]."""
-    return -0.5 * (alpha_prime * excess.detach()).sum()
-
-
-def actor_loss(log_density: Tensor, merit: Tensor, alpha: Any) -> Tensor:
-    """mean(alpha * log pi(a|s) - merit), from [B] each.
-
-    `merit` is min_i Q_i(s, a), or while cloning behaviour the log-density of the data's actions.
-    """
-    return (alpha * log_density - merit).mean()
-
-
-def temperature_loss(log_alpha: Tensor, log_density: Tensor, target_entropy: float) -> Tensor:
-    """Loss of the entropy temperature, which grows while entropy is below its target."""
-    return -(log_alpha * (log_density.detach() + target_entropy)).mean()
-
-
-# ---------------------------------------------------------------------------- agent
-
-
 class Noise(NamedTuple):
     """All that is random in an update: standard normal, but for the uniform random actions."""
 
@@ -817,617 +441,361 @@ class Noise(NamedTuple):
     random: Tensor  # [B, N, A], uniform on [-1, 1]
 
 
-@torch.library.custom_op("cal_ql::adam", mutates_args=("parameters", "means", "squares", "steps"))
-def adam(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    means: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    lr: float,
-) -> None:
-    """One step of Adam (Kingma and Ba, 2015) in place, as one fused kernel.
+# ---------------------------------------------------------------------------- losses and agent
 
-    An operator of its own, since `torch.optim.Adam.step` breaks the graph of a compiled update.
-    """
-    torch._foreach_add_(steps, 1.0)
-    options = {"lr": lr, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-    options |= {"amsgrad": False, "maximize": False}
-    torch._fused_adam_(parameters, gradients, means, squares, [], steps, **options)
-
-
-class Adam(nn.Module):
-    """Adam and its state, which is a module's so that checkpoints and captured graphs hold it."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float):
-        super().__init__()
-        self.trained, self.lr = list(parameters), lr
-
-        def zeros(tensors: Iterable[Tensor]) -> nn.ParameterList:
-            return nn.ParameterList(
-                nn.Parameter(torch.zeros_like(tensor), requires_grad=False) for tensor in tensors
-            )
-
-        self.means, self.squares = zeros(self.trained), zeros(self.trained)
-        self.steps = zeros(parameter.new_empty(()) for parameter in self.trained)
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        state = [list(tensors) for tensors in (self.means, self.squares, self.steps)]
-        adam(self.trained, list(gradients), *state, self.lr)
-
-
-@contextlib.contextmanager
-def named_compiler_failure() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            raise
-        reason = " ".join(str(error).split("\n")[:2])
-        raise RunError(f"compile: torch.compile fails ({reason}); take --compile false") from error
+Scalars = dict[str, Tensor]
 
 
 class Agent(nn.Module):
-    """Actor, twin critics, their targets, temperatures and optimizers, and the update."""
+    """Actor, twin critics, their targets and temperatures; their losses and their update.
+
+    A loss method returns losses, by the name of what each trains, and metrics.
+    """
 
     def __init__(self, observation_dim: int, action_dim: int, config: Config, device: torch.device):
         super().__init__()
-        self.config, self.device = config, device
-        self.observation_dim, self.action_dim = observation_dim, action_dim
+        self.config, self.device, self.action_dim = config, device, action_dim
         self.actor = Actor(observation_dim, action_dim, config)
         self.critic = Critic(observation_dim, action_dim, config)
-        self.target_critic = Critic(observation_dim, action_dim, config)
-        self.target_critic.load_state_dict(self.critic.state_dict())
-        self.log_alpha = nn.Parameter(torch.tensor(0.0))
-        self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
+        self.target_critic = copy.deepcopy(self.critic)
+        self.log_alpha = nn.Parameter(torch.tensor(0.0))  # entropy temperature
+        self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))  # Lagrange multiplier
         self.to(device)
-        self.optimizers = nn.ModuleDict(
-            {
-                "critic": Adam(self.critic.parameters(), config.qf_lr),
-                "actor": Adam(self.actor.parameters(), config.policy_lr),
-                "alpha": Adam([self.log_alpha], config.policy_lr),
-                "alpha_prime": Adam([self.log_alpha_prime], config.qf_lr),
-            }
-        )
         self.updates = 0
-        if device.type == "cuda" if config.compile is None else config.compile:
+        groups = {  # what each loss trains, and its learning rate
+            "critic": (self.critic.parameters(), config.qf_lr),
+            "actor": (self.actor.parameters(), config.policy_lr),
+            "alpha": ([self.log_alpha], config.policy_lr),
+            "alpha_prime": ([self.log_alpha_prime], config.qf_lr),
+        }
+        self.trained = {name: list(parameters) for name, (parameters, _) in groups.items()}
+        options = {"fused": True, "capturable": device.type == "cuda"}  # its steps counted there
+        self.optimizer = torch.optim.Adam(
+            [{"params": self.trained[name], "lr": lr} for name, (_, lr) in groups.items()],
+            **options,
+        )
+        self.compiled: Optional[Callable] = None
+        if config.compile:
             torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad, in the graph
             options = {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead"}
-            self.step = torch.compile(self.step, **options)
-            self.choose = torch.compile(self.choose, **options)
+            self.compiled = torch.compile(self.losses_and_gradients, **options)
 
-    def draw_noise(self) -> Noise:
-        shape = (self.config.batch_size, self.config.cql_n_actions, self.action_dim)
-        n_target = self.config.cql_n_actions if self.config.cql_max_target_backup else 1
-        return Noise(
-            policy=torch.randn((shape[0], shape[2]), device=self.device),
-            current=torch.randn(shape, device=self.device),
-            next=torch.randn(shape, device=self.device),
-            target=torch.randn((shape[0], n_target, shape[2]), device=self.device),
-            random=torch.rand(shape, device=self.device) * 2.0 - 1.0,
-        )
+    @property
+    def alpha(self) -> Tensor:
+        """The entropy temperature, a constant to the losses that it weighs in."""
+        return self.config.alpha_multiplier * self.log_alpha.detach().exp()
 
-    def update(self, batch: Batch, online: bool) -> dict[str, Tensor]:
-        """One gradient step of all that is learnt, on a batch; returns scalar metrics."""
-        cloning = self.updates < self.config.bc_steps
-        self.updates += 1
-        follow = self.updates % self.config.target_update_period == 0
-        with named_compiler_failure():
-            return self.step(batch, online, cloning, follow)
+    def critic_loss(
+        self,
+        batch: Batch,
+        random: Tensor,  # [B, N, A], uniform actions
+        sample: Sample,  # 2 N actions per state: of the policy at s, of the policy at s'
+        next_sample: Sample,  # actions of the policy at s' for the TD target, 1 or N
+        cql_alpha: float,
+        calibrated: bool,
+    ) -> tuple[Scalars, Scalars]:
+        """TD error + cql_alpha * (logsumexp_a max(Q(s, a), V(s)) - Q(s, a_data)), of both critics.
 
-    def step(self, batch: Batch, online: bool, cloning: bool, follow: bool) -> dict[str, Tensor]:
-        """The update as a function of tensors, which one captured graph can hold.
-
-        Nothing here waits for the device: metrics stay there, and no branch looks at a tensor.
-        `cloning` is the actor's loss, `follow` whether the target critics move.
+        With importance sampling each value is weighed by the inverse of its action's density (CQL,
+        appendix F); without, the data's action joins the sampled ones.
         """
-        config = self.config
-        cql_alpha = config.cql_alpha_online if online else config.cql_alpha
-        calibrated = config.calibrate and (config.calibrate_online or not online)
-        losses, metrics = self.losses(batch, self.draw_noise(), cql_alpha, calibrated, cloning)
-        # all gradients are taken at the same parameters before any optimizer steps
-        gradients = {
-            name: torch.autograd.grad(loss, self.optimizers[name].trained)
-            for name, loss in losses.items()
-        }
-        metrics["gradient_norm"] = torch.nn.utils.get_total_norm(sum(gradients.values(), ()))
-        for name in losses:
-            self.optimizers[name].step(gradients[name])
-        if follow:
-            with torch.no_grad():
-                targets, critics = self.target_critic.parameters(), self.critic.parameters()
-                torch._foreach_lerp_(list(targets), list(critics), config.soft_target_update_rate)
-        return metrics
+        config, n = self.config, self.config.cql_n_actions
+        with torch.no_grad():  # the TD target, by the best of the next actions
+            next_qs = self.target_critic(batch.next_observations, next_sample.actions)
+            next_q, best = next_qs.amin(0).max(-1)  # [B]
+            if config.backup_entropy:
+                log_density = next_sample.log_density.gather(-1, best[:, None])[:, 0]
+                next_q = next_q - self.alpha * log_density
+            target_q = batch.rewards + config.discount * (1.0 - batch.terminals) * next_q
+
+        actions = torch.cat([batch.actions[:, None], random, sample.actions], 1)
+        qs = self.critic(batch.observations, actions)  # [2, B, 1 + 3 N], in one pass
+        data_q, random_q, policy_q = qs[..., 0], qs[..., 1 : 1 + n], qs[..., 1 + n :]
+        td_error = (data_q - target_q).square().mean(-1)  # [2]
+
+        if calibrated:
+            policy_q = torch.maximum(policy_q, batch.returns_to_go[:, None])  # Cal-QL, eq. 5.1
+        if config.cql_importance_sample:
+            log_uniform = -self.action_dim * math.log(2.0)  # on [-1, 1]^A
+            values = [random_q - log_uniform, policy_q - sample.log_density]
+        else:
+            values = [random_q, policy_q, data_q[..., None]]
+        soft_max = config.cql_temp * torch.logsumexp(torch.cat(values, -1) / config.cql_temp, -1)
+        difference = (soft_max - data_q).clamp(config.cql_clip_diff_min, config.cql_clip_diff_max)
+        difference = difference.mean(-1)  # [2]
+        regularizer, losses, metrics = self.weigh(difference, cql_alpha)
+        losses["critic"] = (td_error + regularizer).sum()
+
+        pairs = {"qf{}_loss": td_error, "cql_qf{}_diff": difference}
+        pairs |= {"cql_min_qf{}_loss": regularizer, **q_metrics(qs, policy_q, batch.returns_to_go)}
+        for name, (first, second) in pairs.items():
+            metrics |= {name.format(1): first, name.format(2): second}
+        return losses, metrics | {"average_target_q": next_q.mean()}
+
+    def weigh(self, difference: Tensor, cql_alpha: float) -> tuple[Tensor, Scalars, Scalars]:
+        """The critics' regularizers from their CQL differences, [2] both.
+
+        Under `cql_lagrange` the multiplier alpha' is trained here: it grows while the differences
+        exceed the gap (CQL, section 4).
+        """
+        alpha_prime = alpha_prime_loss = difference.new_zeros(())
+        regularizer, losses = cql_alpha * difference, {}
+        if self.config.cql_lagrange:
+            excess = cql_alpha * (difference - self.config.cql_target_action_gap)
+            alpha_prime = self.log_alpha_prime.exp().clamp(max=1e6)
+            losses["alpha_prime"] = alpha_prime_loss = -0.5 * (alpha_prime * excess.detach()).sum()
+            regularizer = alpha_prime.detach() * excess
+        metrics = {"alpha_prime": alpha_prime, "alpha_prime_loss": alpha_prime_loss}
+        return regularizer, losses, metrics
+
+    def actor_loss(
+        self, batch: Batch, policy: Gaussian, noise: Tensor, cloning: bool
+    ) -> tuple[Scalars, Scalars]:
+        """mean(alpha * log pi(a|s) - min_i Q_i(s, a)), and the loss of the temperature alpha.
+
+        While cloning, the log-density of the data's actions stands for Q. The temperature grows
+        while the entropy is below its target, -A.
+        """
+        actions, log_density = sample_actions(policy, noise)
+        if cloning:
+            value = action_log_density(policy, batch.actions)  # [B]
+        else:
+            value = self.critic(batch.observations, actions[:, None]).amin(0)[:, 0]  # [B]
+        losses = {"actor": (self.alpha * log_density - value).mean()}
+        alpha_loss = torch.zeros_like(self.alpha)
+        if self.config.use_automatic_entropy_tuning:
+            excess = log_density.detach() - self.action_dim  # of the target over the entropy
+            losses["alpha"] = alpha_loss = -(self.log_alpha * excess).mean()
+        metrics = {"policy_loss": losses["actor"], "alpha_loss": alpha_loss, "alpha": self.alpha}
+        return losses, metrics | {"log_pi": log_density.mean()}
 
     def losses(
         self, batch: Batch, noise: Noise, cql_alpha: float, calibrated: bool, cloning: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The scalar losses, under the name of the optimizer that takes each, and the metrics."""
-        alpha = self.config.alpha_multiplier * self.log_alpha.detach().exp()
+    ) -> tuple[Scalars, Scalars]:
+        """All losses and metrics of an update."""
         policy = self.actor(batch.observations)  # one pass serves all the actions sampled in s
         with torch.no_grad():
             next_policy = self.actor(batch.next_observations)
-            at_s = sample_actions(policy, noise.current)
-            at_next = sample_actions(next_policy, noise.next)
-            sample = Sample(*(torch.cat(pair, 1) for pair in zip(at_s, at_next)))
-            next_values = self.next_values(batch, sample_actions(next_policy, noise.target), alpha)
-            target_q = td_target(batch.rewards, batch.terminals, next_values, self.config.discount)
-
-        losses, metrics = self.actor_losses(batch, policy, noise, alpha, cloning)
-        critic = self.critic_losses(batch, noise, sample, target_q, cql_alpha, calibrated)
-        metrics |= {"alpha": alpha, "average_target_q": next_values.mean(), **critic[1]}
-        return losses | critic[0], {name: value.detach() for name, value in metrics.items()}
-
-    def next_values(self, batch: Batch, sample: Sample, alpha: Tensor) -> Tensor:
-        """Value of the next states [B] to the target critics, for the TD target."""
-        qs = self.target_critic(batch.next_observations, sample.actions)
-        return next_value(qs, -alpha * sample.log_density if self.config.backup_entropy else None)
-
-    def actor_losses(
-        self, batch: Batch, policy: Gaussian, noise: Noise, alpha: Tensor, cloning: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses of the actor and of the entropy temperature, and their metrics."""
-        actions, log_density = sample_actions(policy, noise.policy)
-        if cloning:
-            merit = action_log_density(policy, batch.actions)
-        else:
-            merit = self.critic(batch.observations, actions.unsqueeze(1)).amin(0).squeeze(-1)
-        losses = {"actor": actor_loss(log_density, merit, alpha)}
-        alpha_loss = torch.zeros_like(alpha)
-        if self.config.use_automatic_entropy_tuning:
-            alpha_loss = temperature_loss(self.log_alpha, log_density, -self.action_dim)
-            losses["alpha"] = alpha_loss
-        metrics = {"policy_loss": losses["actor"], "alpha_loss": alpha_loss}
-        return losses, {**metrics, "log_pi": log_density.mean()}
-
-    def critic_losses(
-        self,
-        batch: Batch,
-        noise: Noise,
-        sample: Sample,
-        target_q: Tensor,
-        cql_alpha: float,
-        calibrated: bool,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses of both critics together and of the Lagrange multiplier, and their metrics."""
-        config, n = self.config, self.config.cql_n_actions
-        # one pass gives the values [2, B, 1 + 3 N] of all the actions of a state
-        actions = torch.cat([batch.actions.unsqueeze(1), noise.random, sample.actions], 1)
-        qs = self.critic(batch.observations, actions)
-        data_q, random_q, policy_q = qs[..., 0], qs[..., 1 : 1 + n], qs[..., 1 + n :]
-        below = policy_q.detach() < batch.returns_to_go.unsqueeze(-1)
-        if calibrated:
-            policy_q = calibrate(policy_q, batch.returns_to_go)
-
-        td_losses = (data_q - target_q).square().mean(-1)
-        random_log_density = -self.action_dim * math.log(2.0)  # uniform on [-1, 1]^A
-        differences = cql_difference(
-            data_q, random_q, policy_q, random_log_density, sample.log_density, config
+            current, following = (policy, noise.current), (next_policy, noise.next)
+            samples = sample_actions(*current), sample_actions(*following)
+            sample = Sample(*(torch.cat(pair, 1) for pair in zip(*samples)))
+            next_sample = sample_actions(next_policy, noise.target)
+        losses, metrics = self.actor_loss(batch, policy, noise.policy, cloning)
+        of_critic = self.critic_loss(
+            batch, noise.random, sample, next_sample, cql_alpha, calibrated
         )
-        regularizers, losses = cql_alpha * differences, {}
-        alpha_prime = alpha_prime_loss = torch.zeros_like(target_q[0])
-        if config.cql_lagrange:
-            excess = cql_alpha * (differences - config.cql_target_action_gap)
-            alpha_prime = self.log_alpha_prime.exp().clamp(max=1e6)
-            losses["alpha_prime"] = alpha_prime_loss = lagrange_loss(alpha_prime, excess)
-            regularizers = alpha_prime.detach() * excess
-        losses["critic"] = (td_losses + regularizers).sum()
-        metrics = {"alpha_prime": alpha_prime, "alpha_prime_loss": alpha_prime_loss}
-        by_critic = {
-            "qf{}_loss": td_losses,
-            "average_qf{}": data_q.mean(-1),
-            "cql_q{}_rand": random_q.mean((1, 2)),
-            "cql_q{}_current_actions": policy_q[..., :n].mean((1, 2)),
-            "cql_q{}_next_actions": policy_q[..., n:].mean((1, 2)),
-            "bound_rate_cql_q{}_current_actions": below[..., :n].float().mean((1, 2)),
-            "bound_rate_cql_q{}_next_actions": below[..., n:].float().mean((1, 2)),
-            "cql_std_q{}": torch.cat([qs[..., : 1 + n], policy_q], -1).detach().std(-1).mean(-1),
-            "cql_qf{}_diff": differences,
-            "cql_min_qf{}_loss": regularizers,
-        }
-        for name, (first, second) in by_critic.items():
-            metrics |= {name.format(1): first, name.format(2): second}
-        return losses, metrics
+        metrics |= {"average_return_to_go": batch.returns_to_go.mean(), **of_critic[1]}
+        return losses | of_critic[0], metrics
 
-    def act(self, observations: np.ndarray, explore: bool) -> np.ndarray:
-        """The policy's actions [B, A] at observations [B, S]: samples, or tanh of the mean."""
-        with named_compiler_failure():
-            actions = self.choose(torch.from_numpy(observations).to(self.device), explore)
-        return actions.cpu().numpy()
+    def losses_and_gradients(self, *args: Any) -> tuple[dict[str, tuple[Tensor, ...]], Scalars]:
+        """For the arguments of `losses`, the gradients of what each loss trains, and the metrics.
 
-    @torch.no_grad()
-    def choose(self, observations: Tensor, explore: bool) -> Tensor:
-        policy = self.actor(observations)
-        if explore:
-            return sample_actions(policy, torch.randn_like(policy.mean)).actions
-        return torch.tanh(policy.mean)
+        A function of tensors, which one captured graph can hold: nothing here waits for the
+        device, metrics stay there, and no branch looks at a tensor.
+        """
+        losses, metrics = self.losses(*args)
+        gradients = {k: torch.autograd.grad(loss, self.trained[k]) for k, loss in losses.items()}
+        for name in ("critic", "actor"):
+            norm = torch.nn.utils.get_total_norm(gradients[name])
+            metrics[f"{name}_gradient_norm"] = norm
+        return gradients, {name: value.detach() for name, value in metrics.items()}
 
-    def get_extra_state(self) -> int:
-        return self.updates
+    def compute(self, *args: Any) -> tuple[dict[str, tuple[Tensor, ...]], Scalars]:
+        """`losses_and_gradients`, compiled where that is wanted and works."""
+        if self.compiled:
+            try:
+                torch.compiler.cudagraph_mark_step_begin()
+                return self.compiled(*args)
+            except Exception as error:  # whatever a compiler raises
+                reason = " ".join(str(error).split()[:40])
+                print(f"compile: torch.compile fails, so the run goes on eagerly ({reason})")
+                self.compiled = None
+        return self.losses_and_gradients(*args)
 
-    def set_extra_state(self, updates: int) -> None:
-        self.updates = updates
+    def draw_noise(self) -> Noise:
+        b, n, a = self.config.batch_size, self.config.cql_n_actions, self.action_dim
+        normal, n_target = torch.randn, n if self.config.cql_max_target_backup else 1
+        return Noise(
+            policy=normal(b, a, device=self.device),
+            current=normal(b, n, a, device=self.device),
+            next=normal(b, n, a, device=self.device),
+            target=normal(b, n_target, a, device=self.device),
+            random=torch.rand(b, n, a, device=self.device) * 2.0 - 1.0,
+        )
+
+    def update(self, batch: Batch, online: bool) -> Scalars:
+        """One gradient step of all that is learned, on a batch; returns the metrics."""
+        config = self.config
+        cql_alpha = config.cql_alpha_online if online else config.cql_alpha
+        calibrated = config.calibrate and (config.calibrate_online or not online)
+        cloning = self.updates < config.bc_steps
+        noise = self.draw_noise()
+        gradients, metrics = self.compute(batch, noise, cql_alpha, calibrated, cloning)
+        for name, values in gradients.items():
+            for parameter, gradient in zip(self.trained[name], values):
+                parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # where the update is a captured graph, it owns that memory
+        self.updates += 1
+        if self.updates % config.target_update_period == 0:
+            targets, critics = self.target_critic.parameters(), self.critic.parameters()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(targets), list(critics), config.soft_target_update_rate)
+        return metrics
+
+    def actor_on_cpu(self) -> Actor:
+        return copy.deepcopy(self.actor).cpu()
+
+
+@torch.no_grad()
+def q_metrics(qs: Tensor, policy_q: Tensor, returns_to_go: Tensor) -> Scalars:
+    """Metrics [2], one per critic, of values [2, B, 1 + 3 N]: data's, random and policy actions.
+
+    `policy_q` [2, B, 2 N] are the policy actions' values as calibrated, where that is on.
+    """
+    n = policy_q.shape[-1] // 2
+    below = (qs[..., 1 + n :] < returns_to_go[:, None]).float()
+    return {
+        "average_qf{}": qs[..., 0].mean(-1),
+        "cql_q{}_rand": qs[..., 1 : 1 + n].mean((1, 2)),
+        "cql_q{}_current_actions": policy_q[..., :n].mean((1, 2)),
+        "cql_q{}_next_actions": policy_q[..., n:].mean((1, 2)),
+        "bound_rate_cql_q{}_current_actions": below[..., :n].mean((1, 2)),
+        "bound_rate_cql_q{}_next_actions": below[..., n:].mean((1, 2)),
+        "cql_std_q{}": torch.cat([qs[..., : 1 + n], policy_q], -1).std(-1).mean(-1),
+    }
 
 
 # ---------------------------------------------------------------------------- episodes
 
 
 class EnvironmentFailure(RunError):
-    """The environment raised; the run can be saved."""
+    """The environment failed; the run can be saved."""
 
 
-class Episode:
-    """An episode in progress: its seed and its actions so far determine all the rest."""
+class Episode(NamedTuple):
+    """An ended episode of T steps."""
 
-    def __init__(self, task: Task, seed: int):
-        self.task, self.seed = task, seed
-        self.actions: list[np.ndarray] = []
-        self.rewards: list[float] = []  # the task's own, not scaled
-        self.success = self.terminal = self.over = False
-        with self.named_failure():
-            self.observation = task.reset(seed)  # [S]
-
-    def step(self, action: np.ndarray) -> float:
-        """Play one action [A]; returns the reward."""
-        with self.named_failure():
-            self.observation, reward, self.terminal, truncated, success = self.task.step(action)
-        self.actions.append(action)
-        self.rewards.append(reward)
-        self.success |= success
-        self.over = self.terminal or truncated
-        return reward
-
-    @contextlib.contextmanager
-    def named_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever a simulator raises
-            where = f"step {len(self.actions)} of the episode with seed {self.seed}"
-            reason = f"{type(error).__name__}: {error}"
-            raise EnvironmentFailure(f"the environment failed at {where} ({reason})") from error
-
-    @property
-    def score(self) -> float:
-        return self.task.normalized_score(sum(self.rewards))
-
-
-class Collector:
-    """Plays the online phase's training episodes and stores them in the online buffer.
-
-    `store` is called with the transitions [T, ...] of each episode that ends.
-    """
-
-    def __init__(self, task: Task, dataset: Dataset, buffer: ReplayBuffer, config: Config):
-        self.task, self.dataset, self.buffer, self.config = task, dataset, buffer, config
-        self.store: Callable[[Batch], None] = lambda transitions: None
-        self.begun = 0  # episodes
-        self.failures = 0  # episodes that ended without success
-        self.episode: Optional[Episode] = None
-        self.rows: list[Batch] = []  # the running episode's transitions
-
-    def begin_episode(self, number: int) -> Episode:
-        return Episode(self.task, episode_seed(self.config.seed, "train", number))
-
-    def step(self, agent: Agent) -> dict[str, float]:
-        """Take one environment step; returns the episode's metrics if that ended it."""
-        if self.episode is None:
-            self.episode = self.begin_episode(self.begun + 1)
-            self.begun += 1
-        observation = self.dataset.scaling.observation(self.episode.observation)
-        return self.play(agent.act(observation[None], explore=True)[0])
-
-    def play(self, action: np.ndarray) -> dict[str, float]:
-        episode, scaling = self.episode, self.dataset.scaling
-        observation = scaling.observation(episode.observation)
-        reward = scaling.reward(episode.step(action))
-        next_observation = scaling.observation(episode.observation)
-        terminal, unknown = np.float32(episode.terminal), np.float32(-math.inf)
-        row = Batch(observation, action, reward, next_observation, terminal, unknown)
-        self.rows.append(row)
-        self.buffer.add(Batch(*(np.expand_dims(value, 0) for value in row)))
-        return self.end_episode() if episode.over else {}
-
-    def end_episode(self) -> dict[str, float]:
-        episode, self.episode = self.episode, None
-        rows, self.rows = Batch(*(np.stack(column) for column in zip(*self.rows))), []
-        ends = np.arange(len(rows.rewards)) == len(rows.rewards) - 1
-        returns = return_to_go(
-            rows.rewards, ends, self.config.discount, self.dataset.failure_reward
-        )
-        self.buffer.fill_returns(returns)
-        self.store(rows._replace(returns_to_go=returns))
-        self.failures += not episode.success
-        metrics = {
-            "train/episode_return": sum(episode.rewards),
-            "train/d4rl_normalized_episode_return": episode.score,
-            "train/episode_length": len(episode.rewards),
-        }
-        if self.task.has_goal:
-            metrics["train/is_success"] = float(episode.success)
-            metrics["train/regret"] = self.failures / self.begun
-        return metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        """The running episode is what its seed and its actions make of it."""
-        actions = torch.tensor(np.array(self.episode.actions)) if self.episode else None
-        return {"begun": self.begun, "failures": self.failures, "actions": actions}
-
-    def load_state_dict(self, state: dict[str, Any], stored: Batch) -> None:
-        """Restore, from the transitions of all ended episodes, and play the running one again."""
-        self.buffer.add(stored)
-        self.begun, self.failures = state["begun"], state["failures"]
-        if state["actions"] is not None:
-            self.episode = self.begin_episode(self.begun)
-            for action in state["actions"].cpu().numpy():
-                self.play(action)
-
-
-class Outcome(NamedTuple):
-    """What an evaluation episode yielded."""
-
-    episode_return: float  # undiscounted, in the task's own rewards
-    score: float
+    observations: np.ndarray  # [T + 1, S], scaled
+    actions: np.ndarray  # [T, A], in [-1, 1]
+    rewards: list[float]  # [T], the task's own, not scaled
+    terminal: bool  # ended by the task; else by the time limit
     success: bool
-    length: int  # steps
+    score: float
 
 
-def play_episodes(env_name: str) -> Generator:
-    """Play episodes side by side, at most `SIDE_BY_SIDE`, as a coroutine.
+def episode_seed(seed: int, purpose: str, number: int) -> int:
+    """Seed of one episode: a function of the run's seed and the episode's number alone."""
+    entropy = (seed, ("train", "eval").index(purpose), number)
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
-    It is sent {number: seed} of the episodes to play, and yields ({number: observation [S]} of
-    those that run, {number: Outcome} of those that have just ended); then it is sent
-    {number: action [A]} for those that run, until none does and it is sent seeds again.
+
+@torch.no_grad()
+def play_episode(task: Task, actor: Actor, scaling: Scaling, seed: int, explore: bool) -> Episode:
+    """Play the episode of `seed` by samples of a policy on the CPU, or else by its means.
+
+    The outcome is a function of the arguments alone. Raises `EnvironmentFailure` for whatever the
+    simulator raises, and where it yields numbers that are not finite.
     """
-    idle: list[Task] = []
-    seeds = yield
-    while True:
-        waiting = list(seeds.items())
-        idle += (Task(env_name) for _ in range(min(SIDE_BY_SIDE, len(waiting)) - len(idle)))
-        running: dict[int, Episode] = {}
-        outcomes: dict[int, Outcome] = {}
-        while waiting or running:
-            while waiting and idle:
-                number, seed = waiting.pop(0)
-                running[number] = Episode(idle.pop(), seed)
-            actions = yield {number: e.observation for number, e in running.items()}, outcomes
-            outcomes = {}
-            for number, action in actions.items():
-                episode = running[number]
-                episode.step(action)
-                if episode.over:
-                    episode_return, length = sum(episode.rewards), len(episode.rewards)
-                    result = episode_return, episode.score, episode.success, length
-                    outcomes[number] = Outcome(*result)
-                    idle.append(running.pop(number).task)
-        seeds = yield {}, outcomes
+    generator = torch.Generator().manual_seed(seed)
+    observations, actions, rewards, success, terminal, truncated = [], [], [], False, False, False
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more gain nothing here, and would spin on other workers' cores
+    try:
+        observations.append(scaling.observation(task.reset(seed)))
+        while not (terminal or truncated):
+            policy = actor(torch.from_numpy(observations[-1]))
+            pre_tanh = policy.mean  # [A]
+            if explore:
+                noise = torch.randn(pre_tanh.shape, generator=generator)
+                pre_tanh = pre_tanh + policy.log_std.exp() * noise
+            actions.append(torch.tanh(pre_tanh).numpy())
+            observation, reward, terminal, truncated, reached = task.step(actions[-1])
+            if not (math.isfinite(reward) and np.isfinite(observation).all()):
+                raise ValueError(f"found reward {reward} and observation {observation}")
+            observations.append(scaling.observation(observation))
+            rewards.append(reward)
+            success |= reached
+        score = task.score(sum(rewards), success)
+    except Exception as error:  # whatever a simulator raises
+        where = f"step {len(rewards)} of the episode with seed {seed}"
+        reason = f"{type(error).__name__}: {error}"
+        raise EnvironmentFailure(f"the environment failed at {where} ({reason})") from error
+    finally:
+        torch.set_num_threads(threads)
+    return Episode(np.stack(observations), np.stack(actions), rewards, terminal, success, score)
 
 
-SIDE_BY_SIDE = 8  # episodes a worker plays, so that one actor call serves many of them
+def start_worker(env_name: str) -> None:
+    """Begin a process that plays evaluation episodes: it ends with its parent alone."""
+    global worker_task
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    worker_task = tasks.make(env_name)
 
 
-class LocalWorker:
-    """Plays in this process; it is spoken to like the connection to another."""
-
-    def __init__(self, env_name: str):
-        self.episodes = play_episodes(env_name)
-        next(self.episodes)
-
-    def send(self, message: dict[int, Any]) -> None:
-        self.answer = self.episodes.send(message)
-
-    def recv(self) -> tuple[dict, dict]:
-        return self.answer
-
-
-def work(connection: Connection, env_name: str) -> None:
-    """Play for the process at the other end of `connection`, until it is gone."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, signal.SIG_IGN)  # that process decides when to stop
-    worker = LocalWorker(env_name)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            message = connection.recv()
-            try:
-                worker.send(message)
-                connection.send(worker.recv())
-            except EnvironmentFailure as failure:
-                connection.send(failure)
+def play_in_worker(actor: bytes, scaling: Scaling, seed: int) -> Episode:
+    return play_episode(worker_task, pickle.loads(actor), scaling, seed, explore=False)
 
 
 class Evaluator:
     """Plays evaluation episodes with the policy's mean actions, in `eval_workers` processes.
 
-    An episode depends on its seed and on the policy alone: the actor sees all episodes at once, in
-    rows of their own, so that not even rounding depends on the number of workers.
+    Each episode is played alone, so that its outcome does not depend on the number of processes.
     """
 
-    def __init__(self, config: Config):
-        cores = len(os.sched_getaffinity(0))
-        self.n_workers = min(config.eval_workers or cores, config.n_episodes)
-        self.config = config
-        self.workers: list[Any] = []  # started by the first evaluation
+    def __init__(self, config: Config, task: Task):
+        self.config, self.task = config, task
+        wanted = config.eval_workers or min(runs.available_cores(), 8)
+        self.n_workers = min(wanted, config.n_episodes)
+        self.pool: Optional[ProcessPoolExecutor] = None  # started by the first evaluation
 
-    def start_workers(self) -> None:
+    def evaluate(self, actor: Actor, scaling: Scaling) -> list[Episode]:
+        """The `n_episodes` of `eval_seed`, always the same ones.
+
+        Raises `EnvironmentFailure` where an environment or a worker fails.
+        """
+        numbers, eval_seed = range(self.config.n_episodes), self.config.eval_seed
+        seeds = [episode_seed(eval_seed, "eval", number) for number in numbers]
         if self.n_workers == 1:
-            self.workers = [LocalWorker(self.config.env)]
-            return
-        context = multiprocessing.get_context("forkserver")  # a fork would copy threads and CUDA
-        for _ in range(self.n_workers):
-            here, there = context.Pipe()
-            arguments = there, self.config.env
-            context.Process(target=work, args=arguments, daemon=True).start()
-            there.close()
-            atexit.register(here.close)  # which ends the worker
-            self.workers.append(here)
-
-    def evaluate(self, agent: Agent, scaling: Scaling, between: Callable) -> list[Outcome]:
-        """Play the `n_episodes` of `eval_seed`, always the same ones.
-
-        `between` is called before each step, and may raise to give up. Raises
-        `EnvironmentFailure` where an environment or a worker fails.
-        """
-        if not self.workers:
-            self.start_workers()
-        n, seed = self.config.n_episodes, self.config.eval_seed
-        seeds = {number: episode_seed(seed, "eval", number) for number in range(n)}
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # idle ones would spin on the workers' cores
+            return [play_episode(self.task, actor, scaling, seed, explore=False) for seed in seeds]
+        if self.pool is None:
+            context = multiprocessing.get_context("spawn")  # a fork would copy threads and CUDA
+            start = start_worker, (self.config.env,)
+            self.pool = ProcessPoolExecutor(self.n_workers, context, *start)
+        packed = pickle.dumps(actor)  # as bytes: tensors would go through shared memory
         try:
-            outcomes = self.play(seeds, agent, scaling, between)
-        except (EOFError, ConnectionError):
+            with runs.blocked_signals():
+                played = [self.pool.submit(play_in_worker, packed, scaling, s) for s in seeds]
+            return [episode.result() for episode in played]
+        except BrokenProcessPool:
             raise EnvironmentFailure("a process that plays evaluation episodes has died") from None
-        finally:
-            torch.set_num_threads(threads)
-        return [outcomes[number] for number in range(n)]
 
-    def play(
-        self, seeds: dict[int, int], agent: Agent, scaling: Scaling, between: Callable
-    ) -> dict[int, Outcome]:
-        for i, worker in enumerate(self.workers):
-            worker.send({n: seed for n, seed in seeds.items() if n % len(self.workers) == i})
-        observations = np.zeros((len(seeds), agent.observation_dim), np.float32)
-        outcomes: dict[int, Outcome] = {}
-        playing = list(self.workers)
-        while playing:
-            between()
-            running = {}
-            for worker in playing:
-                seen, ended = receive(worker)
-                outcomes |= ended
-                if seen:
-                    running[worker] = list(seen)
-                    observations[list(seen)] = scaling.observation(np.stack(list(seen.values())))
-            actions = agent.act(observations, explore=False)
-            for worker, numbers in running.items():
-                worker.send({number: actions[number] for number in numbers})
-            playing = list(running)
-        return outcomes
+    def close(self) -> None:
+        """End the workers, and drop what Python would otherwise report as left behind."""
+        for process in multiprocessing.active_children():
+            process.kill()
+        if self.pool:
+            self.pool.shutdown()
+            self.pool = None
 
 
-def receive(worker: Any) -> tuple[dict[int, np.ndarray], dict[int, Outcome]]:
-    """What a worker has to say; raises the `EnvironmentFailure` that it met."""
-    answer = worker.recv()
-    if isinstance(answer, EnvironmentFailure):
-        raise answer
-    return answer
-
-
-# ---------------------------------------------------------------------------- run directory
-
-
-class RunDirectory:
-    """A run on disk: config.yaml, metrics.jsonl, transitions.bin and checkpoint_<step>.pt.
-
-    metrics.jsonl holds one record a line, transitions.bin the transitions of the online episodes
-    that have ended, each as a row of float32. Both only grow; a checkpoint knows how much of them
-    belongs to it, and resuming drops the rest.
-    Raises `InputError` where another process holds the directory.
-    """
-
-    def __init__(self, config: Config):
-        self.path = Path(config.checkpoints_path) / config.run_name
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.path / "lock", "w")  # noqa: SIM115  # held as long as it is open
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"checkpoints_path: another process runs in {self.path}") from None
-        (self.path / "config.yaml").write_text(pyrallis.dump(config))
-        self.metrics = open(self.path / "metrics.jsonl", "ab")  # noqa: SIM115
-        self.rows = open(self.path / "transitions.bin", "ab")  # noqa: SIM115
-
-    def add_metrics(self, record: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps(record).encode() + b"\n")
-        self.metrics.flush()
-
-    def add_transitions(self, transitions: Batch) -> None:
-        columns = [column.reshape(len(column), -1) for column in transitions]
-        self.rows.write(np.concatenate(columns, 1).astype(np.float32).tobytes())
-
-    def read_transitions(self, observation_dim: int, action_dim: int) -> Batch:
-        widths = np.cumsum([observation_dim, action_dim, 1, observation_dim, 1, 1])
-        rows = np.fromfile(self.rows.name, np.float32).reshape(-1, widths[-1])
-        columns = np.split(rows, widths[:-1], axis=1)
-        return Batch(
-            *(
-                c if field in ("observations", "actions", "next_observations") else c[:, 0]
-                for field, c in zip(Batch._fields, columns)
-            )
-        )
-
-    def checkpoints(self) -> list[Path]:
-        """From the oldest to the newest."""
-        return sorted(self.path.glob("checkpoint_*.pt"), key=step_of)
-
-    def save(self, state: dict[str, Any], keep: Container[int]) -> None:
-        """Write a checkpoint beside its place, sync it, rename it; only then drop older ones.
-
-        The one before stays, and so do those of the steps in `keep`.
-        """
-        for file in (self.metrics, self.rows):
-            file.flush()
-            os.fsync(file.fileno())
-        sizes = {"metrics": self.metrics.tell(), "rows": self.rows.tell()}
-        path = self.path / f"checkpoint_{state['step']}.pt"
-        part = path.with_suffix(".part")
-        with open(part, "wb") as file:
-            torch.save({**state, "sizes": sizes}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        for old in self.checkpoints()[:-2]:
-            if step_of(old) not in keep:
-                old.unlink()
-
-    def load(self, device: torch.device) -> Optional[dict[str, Any]]:
-        """The newest whole checkpoint, the growing files cut back to it; None for a new run.
-
-        Broken ones after it are set aside; raises `InputError` where all are broken.
-        """
-        found, broken = self.checkpoints(), []
-        state: dict[str, Any] = {"sizes": {"metrics": 0, "rows": 0}}
-        for path in reversed(found):
-            try:
-                state = load_checkpoint(path, device)
-                break
-            except InputError as error:
-                print(f"{error}: set aside, the run goes on from the checkpoint before")
-                broken.append(path)
-        if found and len(broken) == len(found):
-            raise InputError(f"checkpoints_path: no checkpoint in {self.path} is whole")
-        for file, size in ((self.metrics, "metrics"), (self.rows, "rows")):
-            if file.tell() < state["sizes"][size]:
-                raise InputError(f"checkpoints_path: {file.name} is shorter than its checkpoint")
-            file.truncate(state["sizes"][size])
-        for path in broken:
-            path.rename(path.with_suffix(".broken"))
-        return state if found else None
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.stem.rpartition("_")[2])
-
-
-def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read a checkpoint; raises `InputError` where it is missing or not whole."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            if damaged := file.testzip():  # torch.load does not look at the checksums
-                raise ValueError(f"{damaged} is damaged")
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}") from None
-    except Exception as error:  # whatever the parts of torch.load raise on a broken file
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} is no whole checkpoint ({reason})") from None
+def transitions_of(episode: Episode, dataset: Dataset, discount: float) -> Batch:
+    """Its T transitions, numpy arrays in float32, with their true returns-to-go."""
+    rewards = dataset.scaling.reward(episode.rewards)
+    ends = np.arange(len(rewards)) == len(rewards) - 1
+    returns_to_go = return_to_go(rewards, ends, discount, dataset.failure_reward)
+    terminals = (ends & episode.terminal).astype(np.float32)
+    observations, next_observations = episode.observations[:-1], episode.observations[1:]
+    return Batch(
+        observations, episode.actions, rewards, next_observations, terminals, returns_to_go
+    )
 
 
 # ---------------------------------------------------------------------------- logging
 
 
 class MeanMetrics:
-    """Mean of each metric since the last fetch; it stays on the device until then."""
+    """Mean of each metric since the last reset; it stays on the device until it is fetched."""
 
     def __init__(self):
         self.names: list[str] = []
@@ -1435,7 +803,7 @@ class MeanMetrics:
         self.total: Any = None  # [metrics]
         self.bad_step: Any = None  # [metrics], the first step at which each was not finite, or inf
 
-    def add(self, metrics: dict[str, Tensor], step: int) -> None:
+    def add(self, metrics: Scalars, step: int) -> None:
         values = torch.stack(list(metrics.values()))
         bad_step = torch.where(values.isfinite(), math.inf, float(step))
         if self.count:
@@ -1449,60 +817,9 @@ class MeanMetrics:
             step, index = self.bad_step.min(0)
             raise RunError(f"{self.names[index]} is not finite at step {step:.0f}")
 
-    def fetch(self) -> dict[str, float]:
-        """The means; empty where nothing was added."""
+    def means(self) -> dict[str, float]:
         self.check()
-        means = (self.total / self.count).tolist() if self.count else []
-        self.count = 0
-        return dict(zip(self.names, means))
-
-
-class WandbWriter:
-    """W&B in a thread of its own: while it is slow, away or broken, training goes on."""
-
-    def __init__(self, config: Config, directory: Optional[Path]):
-        self.options: dict[str, Any] = {
-            "project": config.project,
-            "group": config.group,
-            "name": config.run_name,
-            "config": dataclasses.asdict(config),
-            "dir": directory,
-            "settings": wandb.Settings(init_timeout=20, quiet=True),
-        }
-        if directory:
-            name = directory / "wandb_id"
-            if not name.exists():
-                name.write_text(uuid.uuid4().hex[:8])
-            run_id = os.environ.get("WANDB_RUN_ID", name.read_text())  # a sweep's agent sets one
-            self.options |= {"id": run_id, "resume": "allow"}
-        self.records: queue.SimpleQueue = queue.SimpleQueue()  # None is the last
-        self.thread = threading.Thread(target=self.work, name="W&B", daemon=True)
-        self.thread.start()
-
-    def work(self) -> None:
-        try:
-            run = self.start()
-            while (record := self.records.get()) is not None:
-                if record["step"] >= run.step:  # a resumed run sends nothing twice
-                    run.log(record, step=record["step"])
-            run.finish()
-        except Exception as error:
-            print(f"W&B stopped ({error}); training goes on, metrics.jsonl is complete")
-
-    def start(self) -> Any:
-        try:
-            if "WANDB_MODE" in os.environ or wandb.login(prompt=False):
-                return wandb.init(**self.options)
-            print("W&B: no API key, so it records offline; `wandb sync` uploads that later")
-            self.options["settings"].silent = True
-        except wandb.Error as error:
-            print("W&B cannot be reached, so it records offline:", *str(error).split())
-        return wandb.init(mode="offline", **self.options)
-
-    def close(self, timeout: float) -> None:
-        """Send what is left, for at most `timeout` seconds."""
-        self.records.put(None)
-        self.thread.join(timeout)
+        return dict(zip(self.names, (self.total / self.count).tolist())) if self.count else {}
 
 
 class Log:
@@ -1510,7 +827,8 @@ class Log:
 
     def __init__(self, config: Config, directory: Optional[RunDirectory], step: int):
         self.config, self.directory = config, directory
-        self.wandb = WandbWriter(config, directory.path if directory else None)
+        options = {"project": config.project, "group": config.group, "config": vars(config)}
+        self.wandb = runs.Wandb(directory, name=run_name(config), **options)
         interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; log files want few lines
         self.bar = tqdm(total=config.total_steps, initial=step, unit="step", mininterval=interval)
         self.shown: dict[str, str] = {}
@@ -1522,269 +840,339 @@ class Log:
         phase = {"offline_iter": step} if step <= offline else {"online_iter": step - offline}
         record = {"step": step, **phase, **metrics}
         if self.directory:
-            self.directory.add_metrics(record)
-        self.wandb.records.put(record)
+            self.directory.add_record(record)
+        self.wandb.send(record)
+        if "eval/d4rl_normalized_score" in metrics:
+            self.shown["score"] = f"{metrics['eval/d4rl_normalized_score']:.1f}"
         self.bar.set_description("offline" if step <= offline else "online", refresh=False)
         self.bar.set_postfix(self.shown, refresh=False)
 
     def write_means(self, step: int, metrics: MeanMetrics) -> None:
-        """Add the update's metrics, averaged since the last time, and the rate of updates."""
-        updates, means = metrics.count, metrics.fetch()  # waits for the device
-        rate = updates / (time.perf_counter() - self.interval_start)
+        """Add the update's metrics, averaged since their reset, and the rate of updates."""
+        means = metrics.means()  # waits for the device
+        rate = metrics.count / (time.perf_counter() - self.interval_start)
         self.interval_start = time.perf_counter()
         self.shown["updates"] = f"{rate:.0f}/s"
         self.write(step, {**means, "updates_per_second": rate})
 
-    def write_scores(self, step: int, scores: dict[str, float]) -> None:
-        self.shown["score"] = f"{scores['eval/d4rl_normalized_score']:.1f}"
-        self.write(step, scores)
-
-    @contextlib.contextmanager
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """What is done meanwhile does not count as time of updates."""
         before = time.perf_counter()
         yield
         self.interval_start += time.perf_counter() - before
 
-    def close(self, timeout: float) -> None:
+    def close(self, patience: float) -> None:
+        """Give W&B at most `patience` seconds for what it has still to send."""
         self.bar.close()
-        self.wandb.close(timeout)
+        self.wandb.close(patience)
 
 
 # ---------------------------------------------------------------------------- training
 
 
-class Stop(Exception):
-    """A signal asks the run to save and exit."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
+def parse_config(args: Optional[list[str]] = None) -> Config:
+    """The options of a command line; raises `InputError` for the first that is wrong."""
+    return runs.ConfigParser(Config, RANGES).parse_args(args)
 
 
-class StopSignals:
-    """Turns a first SIGTERM or SIGINT into `Stop` at the next `check`; a second one exits."""
+WHERE_AND_HOW_FAST = """device compile eval_workers checkpoints_path resume project group log_freq
+    checkpoint_freq eval_freq n_episodes online_iterations""".split()
 
-    def __init__(self):
-        self.received: Optional[int] = None
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self.receive)
 
-    def receive(self, signum: int, frame: Any) -> None:
-        if self.received:
-            os._exit(128 + signum)
-        self.received = signum
+def identity(config: Config) -> dict[str, Any]:
+    """What makes two commands the same run: the options that change what is learned.
 
-    def check(self) -> None:
-        if self.received:
-            raise Stop(self.received)
+    Only what differs from the defaults counts, so that new options leave old runs their names.
+    The dataset counts by its file's name and size, wherever it lies.
+    """
+    options, default = dict(vars(config)), vars(Config())
+    if config.dataset_path is not None:
+        path = Path(config.dataset_path)
+        options["dataset_path"] = [path.name, path.stat().st_size]
+    free = WHERE_AND_HOW_FAST
+    return {k: v for k, v in options.items() if k not in free and v != default[k]}
+
+
+def run_name(config: Config) -> str:
+    """Name of the run and its directory: equal for the same run, different for another."""
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+    return f"{config.name}-{config.env}-seed{config.seed}-{digest[:8]}".replace("/", "-")
+
+
+def resolve_device(config: Config) -> torch.device:
+    """The device, set to the precision; raises `InputError` where this machine has none such."""
+    count, name = torch.cuda.device_count(), config.device
+    device = torch.device(name if name != "auto" else "cuda" if count else "cpu")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(
+            f"device: found {name!r}, but this machine has {count} CUDA devices; "
+            "take --device cpu or --device auto"
+        )
+    if config.precision == "tf32" and device.type != "cuda":
+        raise InputError(f"precision: found tf32, expected float32 on {device}")
+    torch.backends.cuda.matmul.allow_tf32 = config.precision != "float32"
+    return device
+
+
+def check_memory(config: Config, task: Task, device: torch.device) -> None:
+    """Raise `InputError` where the networks and an update cannot fit into memory.
+
+    By a lower bound, before anything is allocated: the kernel would kill the process later.
+    """
+    hidden, inputs = config.hidden_dim, task.observation_dim + task.action_dim
+    critics = 2 * hidden * (inputs + hidden * (config.q_n_hidden_layers - 1))
+    actor = hidden * (inputs + hidden * (config.actor_n_hidden_layers - 1))
+    rows = config.batch_size * (1 + 3 * config.cql_n_actions)
+    values = 2 * rows * hidden * config.q_n_hidden_layers  # kept for the gradient
+    stored = min(config.buffer_size, config.online_iterations) * (2 * inputs - task.action_dim + 3)
+    needed = 4 * (5 * critics + 4 * actor + values + stored)  # with gradients, Adam and targets
+    if needed > (left := runs.available_memory(device)):
+        names = "hidden_dim q_n_hidden_layers actor_n_hidden_layers batch_size cql_n_actions"
+        names += " buffer_size online_iterations"
+        sizes = ", ".join(f"{name} {getattr(config, name)}" for name in names.split())
+        raise InputError(
+            f"{sizes}: found {left / 1e9:,.1f} GB of memory left on {device}, expected at least "
+            f"{needed / 1e9:,.1f} GB for these; take smaller ones"
+        )
 
 
 class Run:
-    """All that a run's future depends on, and the step that moves it on."""
+    """All that a run's future depends on, from where its last checkpoint stands.
 
-    def __init__(self, config: Config):
-        self.config = config
-        self.device = resolve_device(config.device)
-        set_precision(config.precision, self.device)
-        keep_freed_memory()
-        torch.manual_seed(config.seed)
-        self.task, self.evaluator = Task(config.env), Evaluator(config)
-        self.dataset = load_dataset(config, self.task)
-        dims = self.task.observation_dim, self.task.action_dim
-        self.offline = OfflineBuffer(self.dataset, self.device)
-        online_capacity = max(1, min(config.buffer_size, config.online_iterations))
-        self.online = ReplayBuffer(online_capacity, *dims, self.device)
-        self.agent = Agent(*dims, config, self.device)
-        self.collector = Collector(self.task, self.dataset, self.online, config)
-        self.metrics = MeanMetrics()
-        self.step = 0  # updates in the offline phase, then environment steps
-        self.evaluated_at = -1
+    A new run starts with what `load_model` names. Raises `InputError` for wrong options and data.
+    """
 
-    def advance(self) -> dict[str, float]:
-        """One update offline, or one environment step and its updates online.
-
-        Returns the metrics of the training episode that this step ended, if it did.
-        """
-        config, online = self.config, self.step >= self.config.offline_iterations
-        before = self.random_states()
+    def __init__(self, config: Config, device: torch.device, task: Task, data: Path):
+        self.config, self.device, self.task = config, device, task
+        self.directory: Optional[RunDirectory] = None
+        if config.checkpoints_path:
+            path = Path(config.checkpoints_path) / run_name(config)
+            self.directory = RunDirectory(path, config.resume)
         try:
-            ended = self.collector.step(self.agent) if online else {}
-        except EnvironmentFailure:
-            self.set_random_states(before)  # as if the step had not been tried
-            raise
-        self.step += 1
-        for _ in range(config.online_utd_ratio if online else 1):
-            if not online:
-                batch = self.offline.sample(config.batch_size)
-            elif self.online.size < config.batch_size - config.offline_batch_size:
-                break  # the buffer does not hold its share of a batch yet
-            else:
-                batch = sample_mixed(self.offline, self.online, config)
-            self.metrics.add(self.agent.update(batch, online), self.step)
-        return ended
+            self.start(data)
+        finally:  # wrong input leaves nothing behind
+            if self.directory:
+                self.directory.discard_unless_begun()
 
-    def evaluate(self, between: Callable) -> dict[str, float]:
-        """Mean score and success rate of the policy now."""
-        episodes = self.evaluator.evaluate(self.agent, self.dataset.scaling, between)
-        self.evaluated_at = self.step
-        metrics = {"eval/d4rl_normalized_score": float(np.mean([e.score for e in episodes]))}
+    def start(self, data: Path) -> None:
+        config, task, directory = self.config, self.task, self.directory
+        check_memory(config, task, self.device)
+        model = saved = directory.load(self.device) if directory else None
+        if saved and saved["identity"] != identity(config):
+            raise InputError(f"checkpoints_path: {directory.path} is of {saved['identity']}")
+        if not saved and config.load_model:
+            model = runs.load_checkpoint(Path(config.load_model), self.device)
+        scaling = {k: v.cpu().numpy() for k, v in model["scaling"].items()} if model else {}
+        self.dataset = load_dataset(config, task, data, self.device, scaling)
+        runs.keep_freed_memory()
+        torch.manual_seed(config.seed)
+        self.online = OnlineBuffer(config, task, self.device)
+        self.agent = Agent(task.observation_dim, task.action_dim, config, self.device)
+        self.evaluator, self.metrics = Evaluator(config, task), MeanMetrics()
+        self.step = 0  # updates in the offline phase, then environment steps
+        self.updates_owed = 0  # steps of the last online episode that are not learned from yet
+        self.episodes = self.failures = 0  # online episodes, and those without success
+        self.evaluated_at = -1  # step
+        if model:
+            self.load_agent(model)
+        if saved:
+            self.load_rest(saved)
+        self.saved = self.step, self.evaluated_at  # as of the newest checkpoint
+        print(self.summary())
+        if directory:
+            directory.begin(config, self.step)
+
+    def load_agent(self, model: dict[str, Any]) -> None:
+        """Take networks, temperatures and, where the checkpoint has it, the optimizer's state."""
+        optimizer = self.agent.optimizer
+        rates = [group["lr"] for group in optimizer.param_groups]
+        try:
+            self.agent.load_state_dict(model["agent"])
+            if "optimizer" in model:
+                optimizer.load_state_dict(model["optimizer"])
+        except (ValueError, RuntimeError):
+            raise InputError(
+                f"load_model: {self.config.load_model} holds networks of other sizes, those of a "
+                f"run with {model['identity']}"
+            ) from None
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate  # it is this run's options that count
+
+    def load_rest(self, saved: dict[str, Any]) -> None:
+        """Go on where the checkpoint stands."""
+        vars(self).update(saved["counts"])
+        self.agent.updates = saved["updates"]
+        vars(self.metrics).update(saved["metrics"])
+        widths = np.cumsum([column[0].numel() for column in self.online.rows])
+        columns = np.split(self.directory.read_rows(widths[-1]), widths[:-1], axis=1)
+        shapes = (column.shape[1:] for column in self.online.rows)
+        self.online.add(Batch(*(c.reshape(-1, *shape) for c, shape in zip(columns, shapes))))
+        torch.set_rng_state(saved["random_states"][0].cpu())
+        for state in saved["random_states"][1:]:
+            torch.cuda.set_rng_state(state.cpu(), self.device)
+
+    def save(self) -> None:
+        """Write a checkpoint, but never of a broken run."""
+        self.metrics.check()
+        if not self.directory:
+            return
+        counts = "step updates_owed episodes failures evaluated_at".split()
+        scaling = {k: v for k, v in self.dataset.scaling._asdict().items() if "observation" in k}
+        random_states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            random_states.append(torch.cuda.get_rng_state(self.device))
+        state = {
+            "identity": identity(self.config),
+            "config": vars(self.config),
+            "scaling": {name: torch.as_tensor(value) for name, value in scaling.items()},
+            "step": self.step,
+            "counts": {name: getattr(self, name) for name in counts},
+            "updates": self.agent.updates,
+            "agent": self.agent.state_dict(),
+            "optimizer": self.agent.optimizer.state_dict(),
+            "metrics": dict(vars(self.metrics)),
+            "random_states": random_states,
+        }
+        self.directory.save(state, keep=(self.config.offline_iterations, self.config.total_steps))
+        self.saved = self.step, self.evaluated_at
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean and spread over evaluation episodes of the policy as it is."""
+        episodes = self.evaluator.evaluate(self.agent.actor_on_cpu(), self.dataset.scaling)
+        columns = {
+            "d4rl_normalized_score": [episode.score for episode in episodes],
+            "episode_return": [sum(episode.rewards) for episode in episodes],
+            "episode_length": [len(episode.rewards) for episode in episodes],
+        }
+        metrics = {f"eval/{name}": float(np.mean(values)) for name, values in columns.items()}
+        metrics |= {f"eval/{name}_std": float(np.std(values)) for name, values in columns.items()}
         if self.task.has_goal:
             metrics["eval/success_rate"] = float(np.mean([e.success for e in episodes]))
         return metrics
 
-    def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, but for the online buffer, which transitions.bin holds."""
-        return {
-            "config": dataclasses.asdict(self.config),
-            "scaling": {k: torch.as_tensor(v) for k, v in self.dataset.scaling._asdict().items()},
-            "step": self.step,
-            "evaluated_at": self.evaluated_at,
-            "agent": self.agent.state_dict(),
-            "collector": self.collector.state_dict(),
-            "metrics": dict(vars(self.metrics)),
-            "random_states": self.random_states(),
+    def play(self, stop: StopSignals) -> dict[str, float]:
+        """Play the next online episode and store it; returns its metrics.
+
+        One that the environment breaks off counts as played, so that it is not tried for ever.
+        """
+        seed, scaling = episode_seed(self.config.seed, "train", self.episodes), self.dataset.scaling
+        actor = self.agent.actor_on_cpu()
+        try:
+            with stop.at_once():
+                episode = play_episode(self.task, actor, scaling, seed, explore=True)
+        except EnvironmentFailure:
+            self.episodes, self.failures = self.episodes + 1, self.failures + 1
+            raise
+        self.episodes, self.failures = self.episodes + 1, self.failures + (not episode.success)
+        self.updates_owed = len(episode.rewards)
+        transitions = transitions_of(episode, self.dataset, self.config.discount)
+        self.online.add(transitions)
+        if self.directory:
+            columns = [column.reshape(len(column), -1) for column in transitions]
+            self.directory.add_rows(np.concatenate(columns, 1))
+        metrics = {
+            "train/episode_return": float(sum(episode.rewards)),
+            "train/d4rl_normalized_episode_return": episode.score,
+            "train/episode_length": len(episode.rewards),
         }
-
-    def load_state_dict(self, state: dict[str, Any], stored: Batch) -> None:
-        """Go on from a checkpoint and the online transitions stored with it."""
-        self.step, self.evaluated_at = state["step"], state["evaluated_at"]
-        self.agent.load_state_dict(state["agent"])
-        self.collector.load_state_dict(state["collector"], stored)
-        vars(self.metrics).update(state["metrics"])
-        self.set_random_states(state["random_states"])
-
-    def random_states(self) -> list[Tensor]:
-        """Of the CPU and, if it is used, the GPU."""
-        cuda = self.device.type == "cuda"
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if cuda else [])]
-
-    def set_random_states(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0].cpu())
-        for state in states[1:]:
-            torch.cuda.set_rng_state(state.cpu(), self.device)
+        if self.task.has_goal:
+            metrics["train/is_success"] = float(episode.success)
+            metrics["train/regret"] = self.failures / self.episodes
+        return metrics
 
     def summary(self) -> str:
         n, episodes = len(self.dataset.transitions), self.dataset.n_episodes
         bounds = self.dataset.rows.returns_to_go[self.dataset.transitions]
         return (
-            f"{self.config.run_name}: networks on {self.device}, physics by {d4rl_compat.PHYSICS}\n"
+            f"{run_name(self.config)}: networks on {self.device}, physics by {self.task.physics}\n"
             f"{n:,} transitions of {episodes:,} episodes, returns-to-go from {bounds.min():.4g} "
             f"to {bounds.max():.4g}; starting at step {self.step:,} of {self.config.total_steps:,}"
         )
 
 
-def open_directory(config: Config) -> Optional[RunDirectory]:
-    """The run's directory, or None; raises `InputError` where it cannot be used."""
-    if config.checkpoints_path is None:
-        return None
-    try:
-        directory = RunDirectory(config)
-    except OSError as error:
-        raise InputError(f"checkpoints_path: cannot write there ({error})") from None
-    if directory.checkpoints() and not config.resume:
-        raise InputError(f"resume: {directory.path} holds a run, expected none; take --resume true")
-    return directory
+def train(run: Run, log: Log, stop: StopSignals) -> None:
+    """Pre-train on the dataset; then, in turn, play an episode and learn from it (algorithm 1).
+
+    Offline a step is an update; online an environment step and its `online_utd_ratio` updates.
+    """
+    config = run.config
+    while run.step <= config.total_steps:
+        with log.paused():
+            if config.is_due(run.step, config.eval_freq) and run.evaluated_at != run.step:
+                with stop.at_once():
+                    scores = run.evaluate()
+                run.evaluated_at = run.step
+                log.write(run.step, scores)
+            unsaved = run.step > 0 and run.saved != (run.step, run.evaluated_at)
+            if config.is_due(run.step, config.checkpoint_freq) and unsaved:
+                run.save()
+        if run.step == config.total_steps:
+            return
+        stop.check()
+
+        online = run.step >= config.offline_iterations
+        if online and run.updates_owed == 0:
+            log.write(run.step, run.play(stop))
+        run.step += 1
+        run.updates_owed -= online
+        for _ in range(config.online_utd_ratio if online else 1):
+            if online:
+                batch = sample_mixed(run.dataset, run.online, config)
+            else:
+                batch = run.dataset.sample(config.batch_size)
+            run.metrics.add(run.agent.update(batch, online), run.step)
+        log.bar.update()
+        if run.step % config.log_freq == 0 or run.step == config.total_steps:
+            log.write_means(run.step, run.metrics)
+        if run.step % config.log_freq == 0:  # at the end alone they go on, if the run is extended
+            run.metrics.count = 0
 
 
-def start_or_resume(run: Run, directory: Optional[RunDirectory]) -> None:
-    """Put `run` where the last checkpoint of `directory` stands, else where `load_model` says."""
-    state = directory.load(run.device) if directory else None
-    load_model = run.config.load_model
-    if state:
-        others = differing_options(dataclasses.asdict(run.config), state["config"])
-        if others:
-            raise InputError(f"checkpoints_path: {directory.path} holds a run with {others}")
-        shape = run.task.observation_dim, run.task.action_dim
-        run.load_state_dict(state, directory.read_transitions(*shape))
-    elif load_model:
-        state = load_checkpoint(Path(load_model), run.device)
-        try:
-            run.agent.load_state_dict(state["agent"])
-        except (KeyError, ValueError, RuntimeError):
-            saved = differing_options(dataclasses.asdict(run.config), state.get("config", {}))
-            raise InputError(
-                f"load_model: {load_model} is of other networks; its run differs in {saved}"
-            ) from None
-    if directory:
-        run.collector.store = directory.add_transitions
-
-
-def train(config: Config) -> None:
-    """Pre-train offline, then fine-tune online, in a run that survives what may befall it.
+def start(config: Config, stop: StopSignals) -> None:
+    """Start or resume the run of these options, and see it through whatever may befall it.
 
     Raises `InputError` for wrong input, `RunError` for what ends the run later, and `Stop`, all
     with everything saved that can be.
     """
-    signals = StopSignals()
-    run = Run(config)  # first, so that wrong input leaves nothing behind
-    directory = open_directory(config)
-    start_or_resume(run, directory)
-    print(run.summary())
-    log = Log(config, directory, run.step)
+    with stop.at_once():
+        device, task = resolve_device(config), tasks.make(config.env)
+        run = Run(config, device, task, task.data_file(config.dataset_path))
+        log = Log(config, run.directory, run.step)
     patience = 1.0  # seconds for W&B's last records, when there is a hurry
     try:
         try:
-            train_loop(run, log, directory, signals)
+            train(run, log, stop)
             patience = 60.0
         except (Stop, EnvironmentFailure):
-            save(run, directory)
+            run.save()
             raise
-    except (RunError, OSError) as error:
-        saved = directory.checkpoints() if directory else []
+    except (RunError, OSError, torch.OutOfMemoryError) as error:
+        saved = run.directory.checkpoints() if run.directory else []
         last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
         raise RunError(f"{error}; {last}") from error
     finally:
+        run.evaluator.close()
         log.close(patience)
 
 
-def train_loop(run: Run, log: Log, directory: Optional[RunDirectory], signals: StopSignals) -> None:
-    config = run.config
-    saved = run.step, run.evaluated_at
-    while True:
-        with log.paused():
-            if config.is_due(run.step, config.eval_freq) and run.evaluated_at != run.step:
-                log.write_scores(run.step, run.evaluate(signals.check))
-            now = run.step, run.evaluated_at
-            if config.is_due(run.step, config.checkpoint_freq) and saved != now:
-                save(run, directory)
-                saved = now
-        if run.step == config.total_steps:
-            return
-        signals.check()
-        take_step(run, log)
-
-
-def take_step(run: Run, log: Log) -> None:
-    if ended := run.advance():
-        log.write(run.step, ended)
-    log.bar.update()
-    if run.step % run.config.log_freq == 0 or run.step == run.config.total_steps:
-        log.write_means(run.step, run.metrics)
-
-
-def save(run: Run, directory: Optional[RunDirectory]) -> None:
-    run.metrics.check()  # a broken run leaves the good checkpoints alone
-    if directory:
-        directory.save(run.state_dict(), keep=run.config.phase_ends)
-
-
-def main() -> None:
+def main() -> int:
+    """Run the command line; returns its exit code."""
     sys.stdout.reconfigure(line_buffering=True)  # in a log file or a pipe too
-    code, message = 0, None
+    stop = StopSignals()
     try:
-        train(parse_config())
-    except Stop as stop:
-        code, message = 128 + stop.signum, f"{stop}; the same command goes on from here"
-    except (InputError, RunError) as error:
-        code, message = 2 if isinstance(error, InputError) else 1, f"error: {error}"
-    if message:
-        print("cal_ql.py:", *message.split(), file=sys.stderr)  # one line, always
-    if any(thread.name == "W&B" for thread in threading.enumerate()):
-        sys.stderr.flush()
-        os._exit(code)  # it hangs, and its exit handlers would wait for it
-    sys.exit(code)
+        with stop.at_once():
+            config = parse_config()
+        start(config, stop)
+        return 0
+    except (InputError, RunError, Stop) as error:
+        kind = "stopped" if isinstance(error, Stop) else "error"
+        print(f"cal_ql.py: {kind}:", *str(error).split(), file=sys.stderr)  # one line, always
+        return error.exit_code
 
 
 if __name__ == "__main__":
-    main()
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: whatever of W&B hangs would be waited for

@@ -1,0 +1,222 @@
+"""What Cal-QL trains on: each task as a `Task`, with an environment and the rows of its data.
+
+    task = tasks.make("antmaze-umaze-v2")
+    observation = task.reset(seed=0)
+    observation, reward, terminal, truncated, success = task.step(action)  # action in [-1, 1]
+    rows = task.rows(task.data_file(None))
+
+Nothing here knows of Cal-QL. Whatever a user can get wrong raises `InputError`.
+"""
+
+import os
+from pathlib import Path
+from typing import Optional
+
+import h5py
+import numpy as np
+import pooch
+
+import d4rl_compat
+from runs import InputError
+
+pooch.get_logger().setLevel("WARNING")  # it would tell the hash of every download
+
+
+def make(name: str) -> "Task":
+    """The task of that id; raises `InputError` where there is none such or it cannot run here."""
+    return Kitchen(name) if name.startswith("kitchen") else Task(name)
+
+
+class Task:
+    """A D4RL environment: actions in [-1, 1], float32 observations, episodes seeded one by one.
+
+    Attributes:
+        observation_dim, action_dim: sizes S and A of the two spaces.
+        max_episode_steps: the time limit, in steps.
+        action_scale: [A], the environment's largest actions.
+        failure_reward: the reward of every step of a sparse task's failed episode; None in tasks
+            with dense rewards.
+        has_goal: whether an episode can succeed.
+        is_locomotion: whether `normalize_reward` applies.
+        physics: the simulator, in a phrase.
+    """
+
+    physics = d4rl_compat.PHYSICS
+
+    def __init__(self, name: str):
+        self.name = name
+        try:
+            self.env = d4rl_compat.make(name)
+            self.env.get_normalized_score(0.0)
+            (self.observation_dim,) = self.env.observation_space.shape
+            (self.action_dim,) = self.env.action_space.shape
+        except ValueError as error:
+            raise InputError(f"env: {error}") from None
+        except Exception as error:  # whatever gym's other environments and their parts raise
+            problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise InputError(
+                f"env: found {name!r}, expected a D4RL task such as antmaze-umaze-v2, with scores "
+                f"and flat observations and actions ({problem})"
+            ) from None
+        self.max_episode_steps: int = self.env.spec.max_episode_steps
+        self.action_scale: np.ndarray = self.env.action_space.high
+        self.is_locomotion = name.startswith(("halfcheetah", "hopper", "walker2d", "ant-"))
+        self.has_goal = not self.is_locomotion and "dense" not in name
+        is_sparse = name.startswith(("antmaze", "maze2d")) and self.has_goal
+        self.failure_reward: Optional[float] = 0.0 if is_sparse else None
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Begin the episode of that seed; returns the observation [S]."""
+        return d4rl_compat.reset(self.env, seed).astype(np.float32)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, bool]:
+        """Play an action [A]; returns (observation [S], reward, terminal, truncated, success).
+
+        `terminal` is the task's own end, also on the last permitted step; `truncated` is the time
+        limit's. `success` is whether the goal is reached in this step.
+        """
+        observation, reward, done, info = self.env.step(action * self.action_scale)
+        truncated = bool(done and info.get("TimeLimit.truncated", False))
+        success = bool(info.get("goal_achieved", reward > 0))
+        terminal = bool(done) and not truncated
+        return observation.astype(np.float32), float(reward), terminal, truncated, success
+
+    def score(self, episode_return: float, success: bool) -> float:
+        """D4RL's score of the episode just played: 0 is a random policy's, 100 an expert's."""
+        return 100.0 * float(self.env.get_normalized_score(episode_return))
+
+    def data_file(self, path: Optional[str]) -> Path:
+        """The dataset at `path`, or D4RL's own, downloaded where it is not here yet."""
+        if path is not None:
+            if not Path(path).is_file():
+                raise InputError(
+                    f"dataset_path: there is no file {path}; make one with "
+                    f"`python tools/make_dataset.py {self.name}`"
+                )
+            return Path(path)
+        url = self.env.dataset_url
+        if not url:
+            raise InputError(f"env: D4RL has no data for {self.name}; name a file, --dataset_path")
+        directory = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+        file = directory / url.rpartition("/")[2]
+        if not file.is_file():
+            try:
+                downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)
+                pooch.retrieve(url, None, file.name, directory, downloader=downloader)
+            except (OSError, ValueError) as error:  # requests' own are OSErrors
+                raise InputError(
+                    f"dataset: cannot download {url} to {file} ({error}); fetch it elsewhere and "
+                    f"put it there, or make data with `python tools/make_dataset.py {self.name}` "
+                    "and name it with --dataset_path"
+                ) from None
+        return file
+
+    def rows(self, path: Path) -> dict[str, np.ndarray]:
+        """The arrays of a file in D4RL's layout, one row per step, checked.
+
+        Returns observations [N, S], actions [N, A] in [-1, 1] and rewards [N] in float32,
+        terminals [N] in bool; where the file has them, next_observations [N, S] and timeouts [N].
+        """
+        keys = ["observations", "actions", "rewards", "terminals", "next_observations", "timeouts"]
+        try:
+            with h5py.File(path, "r") as file:
+                raw = {key: file[key][:] for key in keys if key in file}
+        except MemoryError as error:
+            raise InputError(f"dataset {path}: too little memory to read it ({error})") from None
+        except Exception as error:  # h5py raises whatever it meets in a broken file
+            raise InputError(
+                f"dataset {path}: not a whole HDF5 file ({error}); delete it and fetch or make it "
+                "again"
+            ) from None
+        missing = [key for key in keys[:4] if key not in raw]
+        if missing:
+            raise InputError(f"dataset {path}: it lacks {', '.join(missing)}, expected {keys[:4]}")
+        return check_rows(raw, self, path)
+
+
+class Kitchen(Task):
+    """D4RL's kitchen, paid by the rule of its data: the subtasks complete in a state, every step.
+
+    (D4RL's environment pays each subtask once, so that a reward bias would make one state worth
+    less online than offline.) An episode ends where all subtasks hold at once. The score is D4RL's:
+    the share of subtasks that were ever complete; success is all of them.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.kitchen = self.env.unwrapped
+        self.kitchen.TERMINATE_ON_TASK_COMPLETE = False
+        self.n_subtasks = len(self.kitchen.TASK_ELEMENTS)
+
+    def reset(self, seed: int) -> np.ndarray:
+        self.completed = 0.0  # subtasks, each counted once
+        return super().reset(seed)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, bool]:
+        observation, newly_completed, _, truncated, _ = super().step(action)
+        self.completed += newly_completed
+        remaining = self.kitchen.tasks_to_complete
+        self.kitchen.tasks_to_complete = set(self.kitchen.TASK_ELEMENTS)
+        reward = self.kitchen._get_reward_n_score(self.kitchen.obs_dict)[0]["bonus"]
+        self.kitchen.tasks_to_complete = remaining
+        terminal = reward == self.n_subtasks
+        success = self.completed == self.n_subtasks
+        return observation, reward, terminal, truncated and not terminal, success
+
+    def score(self, episode_return: float, success: bool) -> float:
+        return super().score(self.completed, success)
+
+    def rows(self, path: Path) -> dict[str, np.ndarray]:
+        rows = super().rows(path)
+        rows["terminals"] |= rows["rewards"] == self.n_subtasks
+        return rows
+
+
+def check_rows(raw: dict[str, np.ndarray], task: Task, path: Path) -> dict[str, np.ndarray]:
+    """The arrays in their types and shapes, actions scaled into [-1, 1], for `Task.rows`."""
+
+    def expect(holds: bool, problem: str) -> None:
+        if not holds:
+            raise InputError(f"dataset {path}: {problem}")
+
+    n = len(raw["rewards"]) if raw["rewards"].ndim else 0
+    expect(n > 1, f"it has {n} rows, expected at least 2")
+    shapes = {"observations": (n, task.observation_dim), "actions": (n, task.action_dim)}
+    shapes["next_observations"] = shapes["observations"]
+    rows = {}
+    for key, values in raw.items():
+        shape = shapes.get(key, (n,))
+        if values.shape == (n, 1) and shape == (n,):
+            values = values[:, 0]
+        expect(values.shape == shape, f"{key} has shape {values.shape}, the task needs {shape}")
+        expect(values.dtype.kind in "biuf", f"{key} holds {values.dtype}, expected real numbers")
+        with np.errstate(over="ignore"):
+            rows[key] = values.astype(bool if key in ("terminals", "timeouts") else np.float32)
+        finite = np.isfinite(values).all() and np.isfinite(rows[key]).all()
+        expect(finite, f"{key} holds NaN, infinite values or such as float32 cannot hold")
+    rows["actions"] /= task.action_scale
+    largest = np.abs(rows["actions"]).max()
+    expect(largest <= 1 + 1e-6, f"actions reach {largest:.4g}, expected [-1, 1]; scale or clip it")
+    return rows
+
+
+def episode_ends(
+    rows: dict[str, np.ndarray], max_episode_steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows are the last of their episode, and which of them a time limit cut: [N] bool each.
+
+    An episode ends at a terminal, at a timeout, where the next observation is not the following
+    row's observation, and with the file. Where the file has no timeouts, the length limit stands
+    for them. (Where it has, an episode may hold one row more than the limit, as in D4RL's AntMaze.)
+    A row that is terminal and timeout is terminal.
+    """
+    number = np.arange(len(rows["rewards"]))
+    ends = rows["terminals"].copy()
+    if "next_observations" in rows:
+        jumps = rows["observations"][1:] - rows["next_observations"][:-1]
+        ends[:-1] |= np.linalg.norm(jumps, axis=1) > 1e-6
+    starts = np.maximum.accumulate(np.where(np.r_[True, ends[:-1]], number, 0))
+    truncated = rows.get("timeouts", (number - starts + 1) % max_episode_steps == 0)
+    ends |= truncated
+    ends[-1] = True
+    return ends, truncated & ~rows["terminals"]
