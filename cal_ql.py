@@ -223,7 +223,8 @@ def scaling_of(
     """What `normalize`, `normalize_reward`, `reward_scale` and `reward_bias` make of the data."""
     mean, std, scale = np.zeros(1, np.float32), np.ones(1, np.float32), config.reward_scale
     if config.normalize:
-        mean, std = rows["observations"].mean(0), rows["observations"].std(0) + np.float32(1e-3)
+        mean, std = (f(rows["observations"], 0, np.float64) for f in (np.mean, np.std))
+        mean, std = mean.astype(np.float32), (std + 1e-3).astype(np.float32)
     if config.normalize_reward and task.is_locomotion:
         returns = np.add.reduceat(rows["rewards"], np.flatnonzero(np.r_[True, ends[:-1]]))
         scale *= task.max_episode_steps / (float(np.ptp(returns)) or 1.0)

@@ -310,9 +310,7 @@ class RunDirectory:
         return np.fromfile(self.rows.name, np.float32).reshape(-1, width)
 
     def checkpoints(self) -> list[Path]:
-        """From the oldest to the newest; files that a user has named otherwise are not ours."""
-        found = {path: step_of(path) for path in self.path.glob("checkpoint_*.pt")}
-        return sorted((path for path in found if found[path] is not None), key=found.get)
+        return checkpoints_in(self.path)
 
     def save(self, state: dict[str, Any], keep: tuple[int, ...]) -> None:
         """Write a checkpoint beside its place, sync it, rename it; only then drop older ones.
@@ -378,6 +376,12 @@ def step_of(checkpoint: Path) -> Optional[int]:
     """The step in a checkpoint's name; None for a name of another form."""
     match = re.fullmatch(r"checkpoint_(\d+)\.pt", checkpoint.name)
     return int(match[1]) if match else None
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """From the oldest to the newest; files that a user has named otherwise do not count."""
+    found = {path: step_of(path) for path in directory.glob("checkpoint_*.pt")}
+    return sorted((path for path in found if found[path] is not None), key=found.get)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:

@@ -214,7 +214,8 @@ def episode_ends(
     ends = rows["terminals"].copy()
     if "next_observations" in rows:
         jumps = rows["observations"][1:] - rows["next_observations"][:-1]
-        ends[:-1] |= np.linalg.norm(jumps, axis=1) > 1e-6
+        with np.errstate(over="ignore"):
+            ends[:-1] |= np.linalg.norm(jumps, axis=1) > 1e-6
     starts = np.maximum.accumulate(np.where(np.r_[True, ends[:-1]], number, 0))
     truncated = rows.get("timeouts", (number - starts + 1) % max_episode_steps == 0)
     ends |= truncated

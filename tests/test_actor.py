@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch.distributions import Independent, Normal, TransformedDistribution
@@ -126,22 +125,6 @@ def test_log_std_is_scaled_and_shifted():
         changed = actor(observations)
     torch.testing.assert_close(changed.mean, start.mean)
     torch.testing.assert_close(changed.log_std, 3 * (start.log_std + 1) + 0.25)
-
-
-def test_acting_takes_the_mean_and_exploring_a_sample():
-    agent = Agent(S, A, Config(hidden_dim=16), CPU)
-    agent.actor.layers[-1].bias.data[:] = torch.linspace(-1, 1, 2 * A)
-    observation = np.random.default_rng(0).normal(size=S).astype(np.float32)
-    policy = agent.actor(torch.from_numpy(observation)[None])
-    mean, std = policy.mean[0].detach(), policy.log_std[0].exp().detach()
-    (action,) = agent.act(observation[None], explore=False)
-    assert action.shape == (A,) and action.dtype == np.float32
-    np.testing.assert_allclose(action, torch.tanh(mean), rtol=1e-6)
-    torch.manual_seed(0)
-    explored = agent.act(np.tile(observation, (2000, 1)), explore=True)
-    before_tanh = np.arctanh(explored.astype(np.float64).clip(-1 + 1e-9, 1 - 1e-9))
-    np.testing.assert_allclose(before_tanh.mean(0), mean, atol=0.2)
-    np.testing.assert_allclose(before_tanh.std(0), std, rtol=0.1)
 
 
 def layers_of(network: Actor | Critic) -> list[tuple[torch.Tensor, torch.Tensor]]:

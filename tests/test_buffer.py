@@ -1,6 +1,5 @@
-"""The replay buffer against a list, and the collector on episodes that a script plays."""
+"""The online buffer against a list, and the transitions of episodes that a script plays."""
 
-import math
 from types import SimpleNamespace
 
 import gym
@@ -10,14 +9,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cal_ql
-from cal_ql import Batch, Collector, Config, Dataset, ReplayBuffer, Scaling, Task, sample_mixed
+import tasks
+from cal_ql import (
+    Actor,
+    Batch,
+    Config,
+    Dataset,
+    EnvironmentFailure,
+    OnlineBuffer,
+    Scaling,
+    play_episode,
+    sample_mixed,
+    transitions_of,
+)
 
 S, A = 3, 2
 CPU = torch.device("cpu")
 
 
-def transitions(numbers, returns_to_go=-math.inf) -> Batch:
+def transitions(numbers) -> Batch:
     """Numbered transitions: every entry tells which one it belongs to."""
     numbers = np.asarray(numbers, np.float32)
     return Batch(
@@ -26,14 +36,14 @@ def transitions(numbers, returns_to_go=-math.inf) -> Batch:
         rewards=10 * numbers,
         next_observations=np.stack([numbers + 1 + 0.1 * i for i in range(S)], 1),
         terminals=numbers % 2,
-        returns_to_go=np.full(len(numbers), returns_to_go, np.float32),
+        returns_to_go=numbers + 0.5,
     )
 
 
-def full_buffer(numbers) -> ReplayBuffer:
-    buffer = ReplayBuffer(len(numbers), S, A, CPU)
-    buffer.add(transitions(numbers))
-    return buffer
+def empty_buffer(buffer_size: int, online_iterations: int = 10**6, limit: int = 50):
+    task = SimpleNamespace(observation_dim=S, action_dim=A, max_episode_steps=limit)
+    config = Config(buffer_size=buffer_size, online_iterations=online_iterations)
+    return OnlineBuffer(config, task, CPU)
 
 
 def assert_equal(found: Batch, expected: Batch) -> None:
@@ -41,37 +51,38 @@ def assert_equal(found: Batch, expected: Batch) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@given(st.integers(1, 12), st.lists(st.tuples(st.integers(1, 15), st.booleans()), max_size=8))
-def test_ring_of_episodes(capacity, episodes):
-    """Some episodes come whole, as when a run resumes; the others a transition at a time."""
-    buffer = ReplayBuffer(capacity, S, A, CPU)
-    stored: list[tuple[int, float]] = []  # number and return-to-go
+@given(st.integers(1, 12), st.lists(st.integers(1, 15), min_size=1, max_size=8))
+def test_ring_of_episodes(capacity, lengths):
+    buffer, n = empty_buffer(capacity), 0
+    ring: dict[int, int] = {}  # place: number
+    for length in lengths:
+        buffer.add(transitions(range(n, n + length)))
+        ring |= {number % capacity: number for number in range(n, n + length)}
+        n += length
+        found = Batch(*(column[: len(ring)] for column in buffer.rows))
+        assert_equal(found, transitions([ring[place] for place in range(len(ring))]))
+    drawn = buffer.sample(200).observations[:, 0].int().tolist()
+    assert set(drawn) <= set(ring.values())
 
-    def check() -> None:
-        ring = {place % capacity: entry for place, entry in enumerate(stored)}
-        assert buffer.size == len(ring)
-        entries = [ring[place] for place in range(len(ring))]
-        rows = Batch(*(column[: len(ring)] for column in buffer.rows))
-        assert_equal(rows, transitions(*zip(*entries)))
 
-    for length, whole in episodes:
-        numbers = range(len(stored), len(stored) + length)
-        returns = np.array(numbers, np.float32) + 0.5
-        if whole:
-            buffer.add(transitions(numbers, returns))
-        else:
-            for number in numbers:
-                buffer.add(transitions([number]))
-                stored.append((number, -math.inf))
-                check()
-            buffer.fill_returns(returns)
-        stored[numbers.start :] = zip(numbers, returns)
-        check()
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 30), st.integers(1, 9))
+def test_an_extended_run_has_the_ring_of_one_that_was_longer(size, steps, more, limit):
+    """The first holds all that it can be given without wrapping but at `buffer_size`."""
+    short, long = (empty_buffer(size, n, limit) for n in (steps, steps + more))
+    assert short.capacity == min(size, steps + limit)
+    n_added = 0
+    while n_added < steps:  # whole episodes, until the steps are played
+        for buffer in (short, long):
+            buffer.add(transitions(range(n_added, n_added + limit)))
+        n_added += limit
+    kept = min(n_added, size)
+    for one, other in zip(short.rows, long.rows):
+        np.testing.assert_array_equal(one[:kept], other[:kept])
 
 
 def test_a_batch_holds_stored_transitions_alone_and_all_alike():
     torch.manual_seed(0)
-    buffer = ReplayBuffer(100, S, A, CPU)
+    buffer = empty_buffer(100)
     buffer.add(transitions(range(1, 11)))
     batch = buffer.sample(20_000)
     numbers = batch.observations[:, 0].int()
@@ -87,18 +98,22 @@ def test_a_batch_holds_stored_transitions_alone_and_all_alike():
 )
 def test_a_mixed_batch_has_its_share_of_offline_data(batch_size, ratio, n):
     config = Config(batch_size=batch_size, mixing_ratio=ratio)
-    offline, online = full_buffer(range(100)), full_buffer(range(1000, 1020))
+    rows = Batch(*(torch.as_tensor(column) for column in transitions(range(100))))
+    offline = Dataset(rows, torch.arange(50), 1, None, None)
+    online = empty_buffer(20)
+    online.add(transitions(range(1000, 1020)))
     batch = sample_mixed(offline, online, config)
     assert [len(column) for column in batch] == [batch_size] * 6
     numbers = batch.observations[:, 0]
-    assert (numbers < 100).sum() == n and (numbers >= 1000).sum() == batch_size - n
+    assert (numbers < 50).sum() == n and (numbers >= 1000).sum() == batch_size - n
 
 
-# ---------------------------------------------------------------------------- the collector
+# ---------------------------------------------------------------------------- episodes
 
 
 LIMIT = 3
 MEAN, STD = np.array([1.0, 2.0], np.float32), np.array([0.5, 4.0], np.float32)
+SCALING = Scaling(MEAN, STD, reward_scale=2.0, reward_bias=-1.0)
 
 
 class Script(gym.Env):
@@ -106,11 +121,10 @@ class Script(gym.Env):
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
     action_space = gym.spaces.Box(-2.0, 2.0, (A,))
-
     spec = SimpleNamespace(max_episode_steps=LIMIT)
 
     def __init__(self, episodes):
-        self.episodes, self.number, self.seeds, self.actions = episodes, -1, [], []
+        self.episodes, self.number, self.actions = episodes, -1, []
 
     def observe(self) -> np.ndarray:
         return np.array([self.number, self.count], np.float64)
@@ -129,141 +143,82 @@ class Script(gym.Env):
         return episode_return / 50
 
 
-class Explorer:
-    """In place of the agent: numbered actions."""
-
-    def __init__(self):
-        self.observations = []
-
-    def act(self, observations, explore):
-        assert explore and len(observations) == 1
-        self.observations.extend(observations)
-        return np.full((1, A), 0.01 * len(self.observations), np.float32)
-
-
 @pytest.fixture
 def play(monkeypatch):
-    """A function that plays a script to its end, at most LIMIT steps an episode."""
+    """A function that plays all the episodes of a script, of at most LIMIT steps each."""
 
-    def play(episodes, capacity=100, failure_reward=None, name="maze2d-test-v0"):
+    def play(episodes, name="maze2d-test-v0", explore=True):
         script = Script(episodes)
         env = gym.wrappers.TimeLimit(script, LIMIT)
-
-        def reset(env, seed):
-            script.seeds.append(seed)
-            return env.reset()
-
-        monkeypatch.setattr(cal_ql.d4rl_compat, "make", lambda name: env)
-        monkeypatch.setattr(cal_ql.d4rl_compat, "reset", reset)
-        task = Task(name)
-        scaling = Scaling(MEAN, STD, reward_scale=2.0, reward_bias=-1.0)
-        dataset = Dataset(None, None, 0, scaling, failure_reward)
-        buffer, stored = ReplayBuffer(capacity, 2, A, CPU), []
-        collector = Collector(task, dataset, buffer, Config(discount=0.5, seed=3))
-        collector.store = stored.append
-        explorer = Explorer()
-        records = [collector.step(explorer) for episode in episodes for _ in episode]
-        return SimpleNamespace(
-            script=script, explorer=explorer, buffer=buffer, stored=stored, records=records
-        )
+        monkeypatch.setattr(tasks.d4rl_compat, "make", lambda name: env)
+        monkeypatch.setattr(tasks.d4rl_compat, "reset", lambda env, seed: env.reset())
+        task, actor = tasks.make(name), Actor(2, A, Config(hidden_dim=8))
+        played = [play_episode(task, actor, SCALING, n, explore) for n in range(len(episodes))]
+        return script, played
 
     return play
 
 
 STEP, GOAL = (0.0, False, {}), (1.0, False, {})
 END, GOAL_END = (0.0, True, {}), (1.0, True, {})
-EPISODES = [[STEP, STEP, STEP], [STEP, GOAL_END], [GOAL, STEP, END], [STEP]]  # the last goes on
-
-
-def test_stored_transitions(play):
-    run = play(EPISODES)
-    rows, n = run.buffer.rows, run.buffer.size
-    assert n == 9
-    states = [(e, t) for e, episode in enumerate(EPISODES) for t in range(len(episode))]
-    following = [(e, t + 1) for e, t in states]
-    np.testing.assert_allclose(rows.observations[:n], (np.array(states) - MEAN) / STD)
-    np.testing.assert_allclose(rows.next_observations[:n], (np.array(following) - MEAN) / STD)
-    numbers = 0.01 * np.arange(1, n + 1, dtype=np.float32)
-    np.testing.assert_allclose(rows.actions[:n], np.stack([numbers, numbers], 1))
-    assert rows.rewards[:n].tolist() == [-1, -1, -1, -1, 1, 1, -1, -1, -1]
-
-
-def test_the_agent_sees_scaled_observations_and_the_simulator_scaled_actions(play):
-    run = play(EPISODES)
-    np.testing.assert_array_equal(run.explorer.observations, run.buffer.rows.observations[:9])
-    assert all(observation.dtype == np.float32 for observation in run.explorer.observations)
-    np.testing.assert_allclose(run.script.actions, 2 * run.buffer.rows.actions[:9])
-
-
-def test_a_time_limit_is_no_terminal_and_an_end_on_the_last_step_is(play):
-    assert len(EPISODES[0]) == len(EPISODES[2]) == LIMIT
-    terminals = play(EPISODES).buffer.rows.terminals[:9]
-    assert terminals.tolist() == [0, 0, 0, 0, 1, 0, 0, 1, 0]
+EPISODES = [[STEP, STEP, STEP], [STEP, GOAL_END], [GOAL, STEP, END]]
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_returns_are_filled_in_as_episodes_end(play, sparse):
-    run = play(EPISODES, failure_reward=-1.0 if sparse else None)
+def test_transitions_of_episodes(play, sparse):
+    script, played = play(EPISODES)
+    dataset = Dataset(None, None, 0, SCALING, -1.0 if sparse else None)
+    columns = zip(*(transitions_of(episode, dataset, 0.5) for episode in played))
+    rows = Batch(*(np.concatenate(column) for column in columns))
+    assert all(column.dtype == np.float32 for column in rows)
+    states = [(e, t) for e, episode in enumerate(EPISODES) for t in range(len(episode))]
+    following = [(e, t + 1) for e, t in states]
+    np.testing.assert_allclose(rows.observations, (np.array(states) - MEAN) / STD)
+    np.testing.assert_allclose(rows.next_observations, (np.array(following) - MEAN) / STD)
+    np.testing.assert_allclose(script.actions, 2 * rows.actions)
+    assert rows.rewards.tolist() == [-1, -1, -1, -1, 1, 1, -1, -1]
+    # a time limit is no terminal, and an end on the last permitted step is one
+    assert rows.terminals.tolist() == [0, 0, 0, 0, 1, 0, 0, 1]
     failed = [-2.0] * 3 if sparse else [-1.75, -1.5, -1.0]
-    expected = [*failed, -0.5, 1, 0.25, -1.5, -1, -math.inf]
-    assert run.buffer.rows.returns_to_go[:9].tolist() == expected
+    assert rows.returns_to_go.tolist() == [*failed, -0.5, 1, 0.25, -1.5, -1]
 
 
-def test_returns_in_a_ring_smaller_than_an_episode(play):
-    run = play(EPISODES[:3], capacity=2)
-    assert run.buffer.size == 2
-    # rows of the transitions numbered 6 and 7, the last two
-    assert run.buffer.rows.returns_to_go.tolist() == [-1.5, -1]
-    np.testing.assert_allclose(
-        run.buffer.rows.observations, (np.array([[2, 1], [2, 2]]) - MEAN) / STD
-    )
-
-
-def test_ended_episodes_are_handed_on_whole(play):
-    run = play(EPISODES)
-    assert [len(rows.rewards) for rows in run.stored] == [3, 2, 3]
-    for handed, kept in zip(zip(*run.stored), run.buffer.rows):
-        column = np.concatenate(handed)
-        assert column.dtype == np.float32
-        np.testing.assert_array_equal(column, kept[:8])
-
-
-def test_metrics_come_with_the_end_of_an_episode(play):
-    records = play(EPISODES).records
-    ended = {2: (0.0, 3, 0.0, 1.0), 4: (1.0, 2, 1.0, 1 / 2), 7: (1.0, 3, 1.0, 1 / 3)}
-    for number, record in enumerate(records):
-        if number not in ended:
-            assert record == {}
-            continue
-        episode_return, length, success, regret = ended[number]
-        assert record == pytest.approx(
-            {
-                "train/episode_return": episode_return,
-                "train/d4rl_normalized_episode_return": 100 * episode_return / 50,
-                "train/episode_length": length,
-                "train/is_success": success,
-                "train/regret": regret,
-            }
-        )
+def test_outcomes_of_episodes(play):
+    _, played = play(EPISODES)
+    assert [episode.success for episode in played] == [False, True, True]
+    assert [episode.score for episode in played] == [0.0, 2.0, 2.0]
+    assert [sum(episode.rewards) for episode in played] == [0.0, 1.0, 1.0]
 
 
 def test_success_is_what_the_task_reports_where_it_does(play):
     missed = [(5.0, False, {"goal_achieved": False})] * LIMIT
     reached = [(-1.0, False, {"goal_achieved": True}), *missed[1:]]
-    records = [record for record in play([missed, reached]).records if record]
-    assert [record["train/is_success"] for record in records] == [0.0, 1.0]
+    _, played = play([missed, reached])
+    assert [episode.success for episode in played] == [False, True]
 
 
-def test_kitchen_succeeds_where_it_ends_and_locomotion_has_no_success(play):
-    episodes = [[GOAL] * LIMIT, [STEP, END]]
-    kitchen = [record for record in play(episodes, name="kitchen-test-v0").records if record]
-    assert [record["train/is_success"] for record in kitchen] == [0.0, 1.0]
-    running = [record for record in play(episodes, name="halfcheetah-test-v0").records if record]
-    assert len(running) == 2
-    assert not {"train/is_success", "train/regret"} & running[0].keys()
+@pytest.mark.parametrize("reward", [np.nan, np.inf])
+def test_a_number_that_is_not_finite_is_the_environments_failure(play, reward):
+    with pytest.raises(EnvironmentFailure, match="at step 1 of the episode with seed 0"):
+        play([[STEP, (reward, False, {})]])
 
 
-def test_every_episode_has_a_seed_of_its_own(play):
-    first, second = play(EPISODES).script.seeds, play(EPISODES).script.seeds
-    assert first == second
-    assert len(set(first)) == len(first) == len(EPISODES)
+def test_exploration_follows_the_episodes_seed_and_the_policys_deviation(play):
+    torch.manual_seed(1)
+    _, played = play([[STEP] * LIMIT] * 300)
+    torch.manual_seed(1)  # of the networks' weights
+    _, means = play([[STEP] * LIMIT] * 300, explore=False)
+    torch.manual_seed(1)
+    actor = Actor(2, A, Config(hidden_dim=8))
+    standardised = []
+    for explored, mean in zip(played, means):
+        policy = actor(torch.from_numpy(explored.observations[:-1]))
+        torch.testing.assert_close(torch.from_numpy(mean.actions), policy.mean.tanh())
+        pre_tanh = torch.from_numpy(explored.actions).double().atanh()
+        standardised.append((pre_tanh - policy.mean) / policy.log_std.exp())
+    noise = torch.cat(standardised).detach()
+    near = noise.abs().amax(1) < 4  # elsewhere tanh was rounded to 1
+    assert near.float().mean() > 0.9
+    assert noise[near].mean(0).abs().max() < 0.15
+    assert (noise[near].std(0) - 1).abs().max() < 0.1
+    assert len(set(noise[::LIMIT, 0].tolist())) > 290  # another seed, another noise

@@ -11,34 +11,32 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from cal_ql import (
-    Batch,
-    Config,
-    Dataset,
-    InputError,
-    OfflineBuffer,
-    Scaling,
-    Task,
-    episode_ends,
-    load_dataset,
-    read_dataset,
-    return_to_go,
-)
+import tasks
+from cal_ql import Batch, Config, Dataset, Scaling, load_dataset, return_to_go
+from runs import InputError
+from tasks import Task, episode_ends
 
 LIMIT, S, A = 5, 3, 2
-TASK = SimpleNamespace(
-    observation_dim=S,
-    action_dim=A,
-    action_scale=np.ones(A, np.float32),
-    max_episode_steps=LIMIT,
-    is_locomotion=False,
-)
+
+
+class SmallTask(Task):
+    """As much of a task as its data needs."""
+
+    observation_dim, action_dim, max_episode_steps = S, A, LIMIT
+    action_scale = np.ones(A, np.float32)
+    is_locomotion, failure_reward = False, 0.0
+
+    def __init__(self, **changed):
+        vars(self).update(changed)
+
+
+TASK = SmallTask()
 SMALL_MAZE = Path(__file__).resolve().parents[1] / "datasets" / "maze2d-umaze-v1-small.hdf5"
 
 
 @pytest.fixture(scope="session")
 def maze() -> Task:
-    return Task("maze2d-umaze-v1")
+    return tasks.make("maze2d-umaze-v1")
 
 
 @pytest.fixture(scope="session")
@@ -82,15 +80,13 @@ def write(path: Path, raw: dict[str, np.ndarray]) -> str:
 
 
 def load(path: Path, raw: dict[str, np.ndarray], task=TASK, **options) -> Dataset:
-    return load_dataset(
-        Config(dataset_path=write(path, raw), **dict(normalize=False) | options), task
-    )
+    config = Config(**dict(normalize=False) | options)
+    return load_dataset(config, task, Path(write(path, raw)), torch.device("cpu"), {})
 
 
 def transitions(dataset: Dataset) -> Batch:
-    """All that the buffer of this dataset holds to be drawn, as numpy arrays."""
-    buffer = OfflineBuffer(dataset, torch.device("cpu"))
-    return Batch(*(column[buffer.transitions].numpy() for column in buffer.rows))
+    """All that can be drawn from this dataset, as numpy arrays."""
+    return Batch(*(column[dataset.transitions].numpy() for column in dataset.rows))
 
 
 ENDINGS = ("terminal", "timeout", "jump")  # jump: into another episode, and no flag says so
@@ -197,13 +193,13 @@ def test_the_length_limit_counts_from_a_terminal(path):
 def test_the_small_maze_file_is_read_as_d4rl_reads_it(maze, d4rl):
     raw = maze.env.get_dataset(h5path=str(SMALL_MAZE))
     expected = d4rl.qlearning_dataset(maze.env, raw)
-    config = Config(dataset_path=str(SMALL_MAZE), normalize=False)
-    check_transitions(load_dataset(config, maze), expected)
+    config = Config(normalize=False)
+    check_transitions(load_dataset(config, maze, SMALL_MAZE, torch.device("cpu"), {}), expected)
 
 
 def test_actions_are_scaled_into_the_unit_box(path):
     raw = record([(4, "cut")])
-    wide = SimpleNamespace(**vars(TASK) | {"action_scale": np.array([2.0, 4.0], np.float32)})
+    wide = SmallTask(action_scale=np.array([2.0, 4.0], np.float32))
     found = load(path, raw | {"actions": raw["actions"] * wide.action_scale}, wide)
     np.testing.assert_array_equal(transitions(found).actions, raw["actions"][:-1])
 
@@ -220,7 +216,7 @@ def test_columns_of_shape_n_by_1_and_float64_are_read(path):
 
 def test_next_observations_are_stored_once_where_the_file_allows_it(path):
     raw = record([(3, "timeout"), (3, "cut")], columns=("timeouts",))
-    rows = OfflineBuffer(load(path, raw), torch.device("cpu")).rows
+    rows = load(path, raw).rows
     storages = [rows.observations.untyped_storage(), rows.next_observations.untyped_storage()]
     assert storages[0].data_ptr() == storages[1].data_ptr()
 
@@ -261,7 +257,7 @@ def test_loaded_returns_count_the_rewards_of_dropped_rows(path, raw, sparse):
         is_sparse_reward=sparse,
     )
     rewards = [float(np.float32(reward * scale) + np.float32(bias)) for reward in raw["rewards"]]
-    ends, failure = brute_ends(raw), min(rewards) if sparse else None
+    ends, failure = brute_ends(raw), bias if sparse else None  # the task's failures pay 0
     expected = np.array(brute_returns(rewards, ends, discount, failure))[~dropped]
     assert found.failure_reward == failure
     assert found.n_episodes == sum(ends)
@@ -270,14 +266,65 @@ def test_loaded_returns_count_the_rewards_of_dropped_rows(path, raw, sparse):
 
 
 def brute_truncated(raw) -> list[bool]:
-    """Rows without a next observation: cut by the time limit, or the file's last."""
+    """Rows that need a next observation and have none: cut by the time limit, or the file's last.
+
+    A terminal needs none, on the last permitted step and at the file's end either.
+    """
     dropped, step, n = [], 0, len(raw["rewards"])
     for row, end in enumerate(brute_ends(raw)):
         step += 1
         flag = bool(raw["timeouts"][row]) if "timeouts" in raw else step == LIMIT
-        dropped.append(flag or row == n - 1)
+        dropped.append((flag or row == n - 1) and not raw["terminals"][row])
         step = 0 if end else step
     return dropped
+
+
+def test_a_terminal_on_the_last_permitted_step_is_a_transition(path):
+    raw = record([(3, "terminal"), (2, "timeout"), (2, "terminal")])
+    raw["timeouts"][2] = True
+    found = transitions(load(path, raw))
+    np.testing.assert_array_equal(found.actions, raw["actions"][[0, 1, 2, 3, 5, 6]])
+    np.testing.assert_array_equal(found.terminals, [0, 0, 1, 0, 0, 1])
+
+
+def test_data_that_only_ever_succeeds_has_no_failed_episode(path):
+    raw = record([(2, "terminal"), (3, "terminal")])
+    raw["rewards"][:] = 1.0  # the least in the file, and a success
+    found = load(path, raw, is_sparse_reward=True, discount=0.5)
+    np.testing.assert_allclose(transitions(found).returns_to_go, [1.5, 1, 1.75, 1.5, 1])
+
+
+def test_a_dense_task_has_no_failures(path):
+    with pytest.raises(InputError, match="is_sparse_reward: found true, expected false"):
+        load(path, record([(4, "cut")]), SmallTask(failure_reward=None), is_sparse_reward=True)
+
+
+@pytest.mark.parametrize(
+    "change, options, name",
+    [
+        ({"rewards": 1e30}, {}, "rewards"),
+        ({"observations": 1e30}, {}, "observations"),
+        ({}, {"reward_scale": 1e38}, "rewards"),
+    ],
+)
+def test_what_float32_cannot_train_on_is_refused(path, change, options, name):
+    raw = record([(4, "cut")], sparse=False)
+    for column, factor in change.items():
+        raw[column] *= np.float32(factor)
+    with pytest.raises(InputError, match=f"data.hdf5: {name} as scaled reach"):
+        load(path, raw, **options)
+
+
+def test_data_beyond_float32_is_refused(path):
+    raw = good()
+    write(path, raw | {"rewards": raw["rewards"].astype(np.float64) + 1e39})
+    check_refusal(path, "rewards holds NaN, infinite values or such as float32 cannot hold")
+
+
+def test_too_little_memory_is_no_broken_file(path, monkeypatch):
+    write(path, good())
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda *_: np.empty(2**50))
+    check_refusal(path, "too little memory to read it")
 
 
 def test_a_failed_sparse_episode_fails_for_ever(path):
@@ -318,7 +365,7 @@ def test_locomotion_rewards_are_divided_by_the_range_of_returns(path):
     factor = 2.0 * LIMIT / (max(returns) - min(returns))
     kept = ~raw["timeouts"] & (np.arange(11) < 10)
     options = dict(normalize_reward=True, reward_scale=2.0, reward_bias=1.0)
-    running = SimpleNamespace(**vars(TASK) | {"is_locomotion": True})
+    running = SmallTask(is_locomotion=True)
     found = transitions(load(path, raw, running, **options)).rewards
     np.testing.assert_allclose(found, raw["rewards"][kept] * factor + 1, rtol=1e-5)
     with_goal = transitions(load(path, raw, **options)).rewards
@@ -327,7 +374,7 @@ def test_locomotion_rewards_are_divided_by_the_range_of_returns(path):
 
 def test_a_single_episode_has_no_range_of_returns(path):
     raw = record([(4, "cut")], sparse=False)
-    running = SimpleNamespace(**vars(TASK) | {"is_locomotion": True})
+    running = SmallTask(is_locomotion=True)
     rewards = transitions(load(path, raw, running, normalize_reward=True)).rewards
     assert np.isfinite(rewards).all() and len(set(rewards)) == 3
 
@@ -371,10 +418,13 @@ def with_entry(value):
 
 
 BAD_FILES = {
-    "missing key": (lambda: {k: v for k, v in good().items() if k != "actions"}, "lacks actions;"),
+    "missing key": (
+        lambda: {k: v for k, v in good().items() if k != "actions"},
+        "lacks actions, expected",
+    ),
     "missing keys": (
         lambda: {k: v for k, v in good().items() if k in ("actions", "timeouts")},
-        "lacks observations, rewards, terminals;",
+        "lacks observations, rewards, terminals, expected",
     ),
     "no columns": (dict, "lacks observations, actions, rewards, terminals"),
     "no rows": (lambda: {k: v[:0] for k, v in good().items()}, "it has 0 rows"),
@@ -397,7 +447,7 @@ BAD_FILES = {
     ),
     "NaN observation": (changed("observations", with_entry(math.nan)), "observations holds NaN"),
     "NaN action": (changed("actions", with_entry(math.nan)), "actions holds NaN"),
-    "infinite reward": (changed("rewards", with_entry(math.inf)), "rewards holds NaN or infinite"),
+    "infinite reward": (changed("rewards", with_entry(math.inf)), "rewards holds NaN, infinite"),
     "NaN next observation": (
         changed("next_observations", with_entry(math.nan)),
         "next_observations holds NaN",
@@ -409,7 +459,7 @@ BAD_FILES = {
 
 def check_refusal(path: Path, problem: str) -> None:
     with pytest.raises(InputError, match=problem) as caught:
-        read_dataset(path, TASK)
+        TASK.rows(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -434,7 +484,7 @@ def test_a_column_that_is_no_array_is_refused(path, kind):
 def test_the_good_file_is_good(path):
     raw = good()
     write(path, raw)
-    found = read_dataset(path, TASK)
+    found = TASK.rows(path)
     assert set(found) == set(raw)
     for name in raw:
         np.testing.assert_array_equal(found[name], raw[name])
@@ -452,9 +502,8 @@ def test_a_file_cut_short_is_refused(path, share, compression):
 
 
 def test_no_file_and_text_are_refused(path, tmp_path):
-    config = Config(dataset_path=str(tmp_path / "nothing.hdf5"), env="maze2d-umaze-v1")
     with pytest.raises(InputError, match="dataset_path: there is no file .*nothing.hdf5"):
-        load_dataset(config, TASK)
+        SmallTask(name="maze2d-umaze-v1").data_file(str(tmp_path / "nothing.hdf5"))
     path.write_text("<html>404</html>")
     check_refusal(path, "not a whole HDF5 file")
 

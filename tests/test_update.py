@@ -2,12 +2,11 @@
 
 import functools
 
-import numpy as np
 import pytest
 import torch
 import torch._inductor.config
 
-from cal_ql import Adam, Agent, Batch, Config, RunError
+from cal_ql import Agent, Batch, Config
 
 S, A = 5, 2
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -33,13 +32,24 @@ def make_batch(seed: int, device: torch.device = CPU) -> Batch:
 # --------------------------------------------------------------------- no waiting for the device
 
 
-@pytest.mark.parametrize("online", [False, True])
-@pytest.mark.parametrize("bc_steps", [0, 1])
-def test_the_update_runs_where_there_are_no_values(online, bc_steps):
+@pytest.fixture
+def on_meta(monkeypatch) -> Agent:
     """Tensors on the meta device have a shape and no values, so nothing can look at one."""
-    agent = make_agent(META, bc_steps=bc_steps)
-    metrics = agent.update(make_batch(0, META), online)
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **options: None)  # refuses such
+    return make_agent(META)
+
+
+def losses_and_gradients(agent: Agent, cloning: bool = False):
+    batch, noise = make_batch(0, META), agent.draw_noise()
+    return agent.losses_and_gradients(batch, noise, 5.0, True, cloning)
+
+
+@pytest.mark.parametrize("cloning", [False, True])
+def test_losses_and_gradients_run_where_there_are_no_values(cloning, on_meta):
+    gradients, metrics = losses_and_gradients(on_meta, cloning)
     assert all(value.device == META and value.shape == () for value in metrics.values())
+    for name, values in gradients.items():
+        assert [value.shape for value in values] == [p.shape for p in on_meta.trained[name]]
 
 
 LOOKS = {
@@ -53,18 +63,17 @@ LOOKS = {
 
 
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
-def test_a_look_at_a_value_would_fail_there(look, monkeypatch):
-    """The test above can fail: each of these in the update does it."""
-    agent = make_agent(META)
-    losses = agent.losses
+def test_a_look_at_a_value_would_fail_there(look, on_meta, monkeypatch):
+    """The test above can fail: each of these in the losses does it."""
+    losses = on_meta.losses
 
     def losses_and_a_look(batch, *args):
         look(batch.rewards)
         return losses(batch, *args)
 
-    monkeypatch.setattr(agent, "losses", losses_and_a_look)
+    monkeypatch.setattr(on_meta, "losses", losses_and_a_look)
     with pytest.raises((RuntimeError, TypeError, NotImplementedError)):
-        agent.update(make_batch(0, META), online=False)
+        losses_and_gradients(on_meta)
 
 
 # ---------------------------------------------------------------------------------- one graph
@@ -78,6 +87,7 @@ def assert_same_updates(eager: Agent, compiled: Agent, numbers: range, online_fr
             metrics.append(agent.update(make_batch(number), online=number >= online_from))
         torch.testing.assert_close(*metrics)
     torch.testing.assert_close(dict(eager.named_parameters()), dict(compiled.named_parameters()))
+    assert compiled.compiled  # and not given up
 
 
 def test_every_kind_of_update_is_one_graph_and_computes_the_same(monkeypatch):
@@ -86,65 +96,44 @@ def test_every_kind_of_update_is_one_graph_and_computes_the_same(monkeypatch):
     eager = make_agent(**options)
     compiler = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compiler(f, **options))
-    assert_same_updates(eager, make_agent(compile=True, **options), range(6), online_from=3)
+    assert_same_updates(eager, make_agent(compile=True, **options), range(3), online_from=2)
 
 
-@torch._inductor.config.patch(fallback_random=True)  # eager's numbers
 def test_compiled_by_inductor():
-    eager, compiled = make_agent(), make_agent(compile=True)
-    assert_same_updates(eager, compiled, range(3), online_from=3)
-    observations = np.ones((4, S), np.float32)
-    actions = [agent.act(observations, explore=False) for agent in (eager, compiled)]
-    np.testing.assert_allclose(*actions, rtol=1e-5, atol=1e-7)
+    small = dict(q_n_hidden_layers=1, cql_lagrange=False, backup_entropy=False)
+    assert_same_updates(make_agent(**small), make_agent(compile=True, **small), range(2), 2)
 
 
-def test_a_graph_that_breaks_is_refused(monkeypatch):
-    """The tests above can fail."""
-    agent = make_agent(compile=True)
-    losses = agent.losses
+def test_a_graph_that_breaks_is_left_for_eager_updates_in_one_line(monkeypatch, capsys):
+    eager, agent = make_agent(), make_agent(compile=True)
+    for one in (eager, agent):
+        losses = one.losses
 
-    def losses_and_a_branch(*args):
-        found = losses(*args)
-        if found[0]["actor"] > 0:
-            found[0]["actor"] *= 2
-        return found
+        def losses_and_a_branch(*args, losses=losses):
+            found = losses(*args)
+            if found[0]["actor"] > -1e9:
+                found[0]["actor"] *= 2
+            return found
 
-    monkeypatch.setattr(agent, "losses", losses_and_a_branch)
-    with pytest.raises(RunError, match="compile: .*; take --compile false"):
-        agent.update(make_batch(0), online=False)
+        monkeypatch.setattr(one, "losses", losses_and_a_branch)
+        torch.manual_seed(0)
+        one.update(make_batch(0), online=False)
+    torch.testing.assert_close(dict(eager.named_parameters()), dict(agent.named_parameters()))
+    assert capsys.readouterr().out.count("\n") == 1
 
 
 @torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
-def test_a_missing_compiler_is_named():
-    with pytest.raises(RunError, match="compile: .*no-such-compiler.*; take --compile false"):
-        make_agent(compile=True).act(np.ones((1, S), np.float32), explore=False)
+def test_a_missing_compiler_is_named(capsys):
+    torch._dynamo.reset()  # what was compiled before
+    make_agent(compile=True).update(make_batch(0), online=False)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "compile: torch.compile fails" in line and "no-such-compiler" in line
 
 
-# ---------------------------------------------------------------------------------------- Adam
-
-
-def test_adam_is_torchs():
-    torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (4,), ())]
-    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
-    optimizer, reference = Adam(ours, lr=0.01), torch.optim.Adam(theirs, lr=0.01)
-    for _ in range(10):
-        gradients = [torch.randn_like(parameter) for parameter in ours]
-        optimizer.step(gradients)
-        for parameter, gradient in zip(theirs, gradients):
-            parameter.grad = gradient
-        reference.step()
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_a_restored_agent_trains_on_alike():
-    agent, other = make_agent(), make_agent(qf_lr=3e-4)
-    for number in range(3):
-        agent.update(make_batch(number), online=False)
-    other.load_state_dict(agent.state_dict())
-    assert other.updates == 3
-    for one in (agent, other):
-        torch.manual_seed(0)
-        one.update(make_batch(3), online=False)
-    for one, two in zip(agent.state_dict().values(), other.state_dict().values()):
-        assert one == two if isinstance(one, int) else torch.equal(one, two)
+def test_one_adam_has_a_group_for_each_learning_rate():
+    agent = make_agent(policy_lr=1e-4, qf_lr=3e-4)
+    assert type(agent.optimizer) is torch.optim.Adam
+    rates = {id(p): group["lr"] for group in agent.optimizer.param_groups for p in group["params"]}
+    slow = [*agent.actor.parameters(), agent.log_alpha]
+    fast = [*agent.critic.parameters(), agent.log_alpha_prime]
+    assert rates == {id(p): 1e-4 for p in slow} | {id(p): 3e-4 for p in fast}

@@ -14,9 +14,9 @@ written to memory that is there already; whole or in pieces, whichever is faster
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
-import platform
 import resource
 import statistics
 import sys
@@ -32,6 +32,8 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
+import runs
+import tasks
 
 
 def seconds(work: Callable, device: torch.device, count: int = 1) -> float:
@@ -44,7 +46,7 @@ def seconds(work: Callable, device: torch.device, count: int = 1) -> float:
     return (time.perf_counter() - start) / count
 
 
-def write_random_data(path: Path, task: cal_ql.Task, n: int) -> None:
+def write_random_data(path: Path, task: tasks.Task, n: int) -> None:
     """A file in D4RL's layout."""
     random = np.random.default_rng(0)
     rows = np.arange(n)
@@ -141,7 +143,7 @@ def count_kernels(event: torch.autograd.profiler_util.FunctionEvent) -> int:
     return sum(map(count_kernels, event.cpu_children)) or int(is_kernel(event.name))
 
 
-def kernels(config: cal_ql.Config, task: cal_ql.Task, compiled: bool) -> int:
+def kernels(config: cal_ql.Config, task: tasks.Task, compiled: bool) -> int:
     """Kernels an update, counted by profiling the path of a GPU on the CPU, in small sizes."""
     config = dataclasses.replace(config, compile=compiled, batch_size=8, hidden_dim=32)
     device = torch.device("cpu")
@@ -167,52 +169,62 @@ def kernels(config: cal_ql.Config, task: cal_ql.Task, compiled: bool) -> int:
 # ---------------------------------------------------------------------------- the loops
 
 
+def train_steps(run: cal_ql.Run, log: cal_ql.Log, stop: runs.StopSignals, n: int, online: bool):
+    """n steps of the real loop, between two evaluations and two episodes."""
+    lengths = {"offline_iterations": 0 if online else n + 1}
+    lengths["online_iterations"] = n + 1 if online else 0
+    before, run.config = run.config, dataclasses.replace(run.config, **lengths)
+    run.step, run.evaluated_at, run.saved = 1, n + 1, (n + 1, n + 1)
+    run.updates_owed = n
+    cal_ql.train(run, log, stop)
+    run.config = before
+
+
 def measure_loops(run: cal_ql.Run, log: cal_ql.Log, repeats: int, n: int) -> dict[str, float]:
     """Seconds of an update, of the products of a hidden layer and of the loops and their parts."""
-    config, device = run.config, run.device
-    warm = run.offline.sample(config.batch_size)
-    run.online.add(cal_ql.Batch(*(column.cpu().numpy() for column in warm)))
-    batch = cal_ql.sample_mixed(run.offline, run.online, config)
-
-    def online_step() -> None:
-        before, run.step = run.step, config.offline_iterations
-        cal_ql.take_step(run, log)
-        run.step = before
-
-    observation = np.zeros((1, run.task.observation_dim), np.float32)
+    config, device, stop = run.config, run.device, runs.StopSignals()
+    batch = run.dataset.sample(config.batch_size)
+    multiply = hidden_products(config, device)
+    actor, lengths = run.agent.actor_on_cpu(), []
 
     def play() -> None:
-        run.collector.play(np.zeros(run.task.action_dim, np.float32))
-        if run.collector.episode is None:
-            run.collector.episode = run.collector.begin_episode(0)
+        scaling = run.dataset.scaling
+        episode = cal_ql.play_episode(run.task, actor, scaling, len(lengths), explore=True)
+        lengths.append(len(episode.rewards))
 
-    multiply = hidden_products(config, device)
+    run.play(stop)  # something online to learn from
     parts: dict[str, Callable] = {
         "products whole": lambda: multiply(sys.maxsize),
         "products in pieces": lambda: multiply(1024),
         "update": lambda: run.agent.update(batch, online=False),
-        "offline": lambda: cal_ql.take_step(run, log),
-        "online": online_step,
-        "sample": lambda: run.offline.sample(config.batch_size),
-        "act": lambda: run.agent.act(observation, explore=True),
-        "play": play,
+        "sample": lambda: run.dataset.sample(config.batch_size),
     }
-    times: dict[str, list[float]] = {name: [] for name in parts}
+    times: dict[str, list[float]] = {name: [] for name in (*parts, "offline", "online", "play")}
     for _ in range(repeats + 1):
         for name, work in parts.items():
             times[name].append(seconds(work, device, n))
+        for name in ("offline", "online"):
+            loop = functools.partial(train_steps, run, log, stop, n, name == "online")
+            times[name].append(seconds(loop, device) / n)
+        times["play"].append(seconds(play, device) / lengths[-1])
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def evaluation_rate(run: cal_ql.Run, workers: int) -> float:
-    """Environment steps a second of an evaluation, its processes being started already."""
-    config = dataclasses.replace(run.config, eval_workers=workers, n_episodes=16)
-    evaluator = cal_ql.Evaluator(config)
-    for _ in range(2):
-        start = time.perf_counter()
-        outcomes = evaluator.evaluate(run.agent, run.dataset.scaling, between=lambda: None)
-        rate = sum(outcome.length for outcome in outcomes) / (time.perf_counter() - start)
-    return rate
+def evaluation_rates(run: cal_ql.Run, repeats: int) -> dict[int, float]:
+    """Environment steps a second of an evaluation, by the number of processes, once started."""
+    actor, rates = run.agent.actor_on_cpu(), {1: [], runs.available_cores(): []}
+    evaluators = {}
+    for workers in rates:
+        config = dataclasses.replace(run.config, eval_workers=workers, n_episodes=16)
+        evaluators[workers] = cal_ql.Evaluator(config, run.task)
+    for _ in range(repeats + 1):
+        for workers, evaluator in evaluators.items():
+            start = time.perf_counter()
+            episodes = evaluator.evaluate(actor, run.dataset.scaling)
+            steps = sum(len(episode.rewards) for episode in episodes)
+            rates[workers].append(steps / (time.perf_counter() - start))
+    evaluators.popitem()[1].close()
+    return {workers: statistics.median(values[1:]) for workers, values in rates.items()}
 
 
 # ---------------------------------------------------------------------------- the report
@@ -223,40 +235,32 @@ def buffer_bytes(rows: cal_ql.Batch) -> int:
     return sum(storages.values())
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.partition(': ')[2]}, {torch.get_num_threads()} threads"
-    return platform.machine()
-
-
 def benchmark(config: cal_ql.Config, repeats: int) -> dict[str, object]:
-    device = cal_ql.resolve_device(config.device)
+    device, task = cal_ql.resolve_device(config), tasks.make(config.env)
     start = time.perf_counter()
-    run = cal_ql.Run(config)
-    run.advance()
-    first_update = time.perf_counter() - start
+    run = cal_ql.Run(config, device, task, Path(config.dataset_path))
 
     def update() -> None:
-        run.agent.update(run.offline.sample(config.batch_size), online=False)
+        run.agent.update(run.dataset.sample(config.batch_size), online=False)
 
     update()
+    first_update = time.perf_counter() - start
     n = max(2, round(1.0 / seconds(update, device, 3)))  # calls a second
     os.environ["WANDB_MODE"] = "offline"
-    log = cal_ql.Log(config, cal_ql.RunDirectory(config), 0)
+    log = cal_ql.Log(config, run.directory, 0)
     log.bar.disable = True
-    dims = run.task.observation_dim, run.task.action_dim
-    needed = flops(config, *dims)
+    needed = flops(config, task.observation_dim, task.action_dim)
     times = measure_loops(run, log, repeats, n)
     log.close(10.0)
     products = 3 * 2 * 2 * config.batch_size * (1 + 3 * config.cql_n_actions) * config.hidden_dim**2
     peak = products / min(times["products whole"], times["products in pieces"])
-    offline = buffer_bytes(run.offline.rows) + buffer_bytes([run.offline.transitions])
+    offline = buffer_bytes(run.dataset.rows) + buffer_bytes([run.dataset.transitions])
     rows = len(run.dataset.transitions)
-    cores = len(os.sched_getaffinity(0))
+    rates = evaluation_rates(run, repeats)
     cuda = device.type == "cuda"
     return {
-        "processor": torch.cuda.get_device_name(device) if cuda else processor(),
+        "processor": runs.provenance()["processor"],
+        "threads": torch.get_num_threads(),
         "peak of the matrix products, GFLOP/s": peak / 1e9,
         "an update, GFLOP": needed / 1e9,
         "bound, updates/s": peak / needed,
@@ -264,17 +268,16 @@ def benchmark(config: cal_ql.Config, repeats: int) -> dict[str, object]:
         "update alone, share of the bound": needed / peak / times["update"],
         "offline loop, updates/s": 1 / times["offline"],
         "offline loop, share of the update alone": times["update"] / times["offline"],
-        "online loop, steps/s": 1 / times["online"],
+        "online loop with its episodes, steps/s": 1 / (times["online"] + times["play"]),
         **shares(update),
         "sampling a batch, ms": 1e3 * times["sample"],
-        "acting, ms a step": 1e3 * times["act"],
-        "environment and storing, ms a step": 1e3 * times["play"],
-        "evaluation in 1 process, environment steps/s": evaluation_rate(run, 1),
-        f"evaluation in {cores} processes, environment steps/s": evaluation_rate(run, cores),
+        "playing, ms per environment step": 1e3 * times["play"],
+        **{f"evaluation, steps/s, processes: {k}": rate for k, rate in rates.items()},
+        "evaluation, all cores to one": max(rates.items())[1] / rates[1],
         "offline transitions": rows,
         "loading them, and everything up to the first update, s": first_update,
-        "bytes an offline transition": offline / rows,
-        "bytes an online transition": buffer_bytes(run.online.rows) / run.online.capacity,
+        "bytes per offline transition": offline / rows,
+        "bytes per online transition": buffer_bytes(run.online.rows) / run.online.capacity,
         "both buffers, GB": (offline + buffer_bytes(run.online.rows)) / 1e9,
         "peak memory of the process, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         **({"peak memory of the GPU, GB": torch.cuda.max_memory_allocated() / 1e9} if cuda else {}),
@@ -291,7 +294,7 @@ def main() -> int:
         config = cal_ql.parse_config(options)
         with tempfile.TemporaryDirectory() as directory:
             config = dataclasses.replace(config, checkpoints_path=directory, log_freq=10)
-            task = cal_ql.Task(config.env)
+            task = tasks.make(config.env)
             if config.dataset_path is None:
                 path = Path(directory) / "random.hdf5"
                 write_random_data(path, task, args.transitions)
@@ -299,7 +302,7 @@ def main() -> int:
             found = benchmark(config, args.repeats)
             found["kernels an update, eager"] = kernels(config, task, compiled=False)
             found["kernels an update, compiled"] = kernels(config, task, compiled=True)
-    except (cal_ql.InputError, cal_ql.RunError) as error:
+    except (runs.InputError, runs.RunError) as error:
         print("benchmark.py: error:", *str(error).split(), file=sys.stderr)  # one line
         return 2
     if args.json:

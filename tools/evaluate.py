@@ -20,22 +20,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
+import runs
+import tasks
 
 
-def load_policy(run: Path) -> tuple[cal_ql.Config, cal_ql.Agent, cal_ql.Scaling, cal_ql.Task]:
-    """The agent of a run directory or a checkpoint, on the CPU; raises `cal_ql.InputError`."""
-    found = sorted(run.glob("checkpoint_*.pt"), key=cal_ql.step_of) if run.is_dir() else [run]
+def load_policy(run: Path) -> tuple[cal_ql.Config, cal_ql.Task, cal_ql.Actor, cal_ql.Scaling]:
+    """The policy of a run directory or a checkpoint, on the CPU; raises `InputError`."""
+    found = runs.checkpoints_in(run) if run.is_dir() else [run]
     if not found:
-        raise cal_ql.InputError(f"{run} has no checkpoint_<step>.pt; is it a run directory?")
-    device = torch.device("cpu")
-    state = cal_ql.load_checkpoint(found[-1], device)
-    print(f"{found[-1]}, on {cal_ql.d4rl_compat.PHYSICS}")
-    config = cal_ql.Config(**state["config"] | {"compile": False})
-    task = cal_ql.Task(config.env)
-    agent = cal_ql.Agent(task.observation_dim, task.action_dim, config, device)
-    agent.load_state_dict(state["agent"])
-    scaling = cal_ql.Scaling(**{name: value.numpy() for name, value in state["scaling"].items()})
-    return config, agent, scaling, task
+        raise runs.InputError(f"{run} has no checkpoint_<step>.pt; is it a run directory?")
+    state = runs.load_checkpoint(found[-1], torch.device("cpu"))
+    config = cal_ql.Config(**state["config"])
+    task = tasks.make(config.env)
+    print(f"{found[-1]}, on {task.physics}")
+    actor = cal_ql.Actor(task.observation_dim, task.action_dim, config)
+    prefix = "actor."
+    weights = {k.removeprefix(prefix): v for k, v in state["agent"].items() if k.startswith(prefix)}
+    actor.load_state_dict(weights)
+    scaling = {name: value.numpy() for name, value in state["scaling"].items()}
+    return config, task, actor, cal_ql.Scaling(**scaling, reward_scale=1.0, reward_bias=0.0)
 
 
 def mean_interval(values: list[float]) -> str:
@@ -43,7 +46,8 @@ def mean_interval(values: list[float]) -> str:
     if n == 1:
         return f"{mean:.2f}"
     half = scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
-    return f"{mean:.2f} ({mean - half:.2f} to {mean + half:.2f})"
+    spread = f"deviation {np.std(values):.2f} over episodes"
+    return f"{mean:.2f} ({mean - half:.2f} to {mean + half:.2f}), {spread}"
 
 
 def rate_interval(successes: int, n: int) -> str:
@@ -51,10 +55,11 @@ def rate_interval(successes: int, n: int) -> str:
     return f"{successes / n:.3f} ({low:.3f} to {high:.3f})"
 
 
-class Video:
-    """Frames of a D4RL task's episode, rendered offscreen; raises `InputError` without OpenGL."""
+class Filmed:
+    """A task that adds a frame to a video before each step; raises `InputError` without OpenGL."""
 
     def __init__(self, task: cal_ql.Task, path: Path):
+        self.task, self.reset, self.score = task, task.reset, task.score
         base = task.env.unwrapped
         base = getattr(base, "_wrapped_env", base)  # D4RL's wrapper around its ant and cheetah
         model, self.data = (getattr(x, "raw", x) for x in (base.sim.model, base.sim.data))
@@ -64,48 +69,35 @@ class Video:
             self.renderer = mujoco.Renderer(model, height=240, width=320)
             self.writer = imageio.get_writer(path, mode="I")
         except (OSError, ValueError) as error:
-            raise cal_ql.InputError(f"video: cannot write {path} ({error})") from None
+            raise runs.InputError(f"video: cannot write {path} ({error})") from None
         except Exception as error:  # each OpenGL library has errors of its own
-            raise cal_ql.InputError(
+            raise runs.InputError(
                 f"video: no OpenGL to render with ({type(error).__name__}: {error}); try "
                 "MUJOCO_GL=egl (a GPU) or MUJOCO_GL=osmesa (Debian's libosmesa6)"
             ) from None
 
-    def add_frame(self) -> None:
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, bool]:
         self.renderer.update_scene(self.data)
         self.writer.append_data(self.renderer.render())
-
-
-def record(
-    path: Path,
-    config: cal_ql.Config,
-    agent: cal_ql.Agent,
-    scaling: cal_ql.Scaling,
-    task: cal_ql.Task,
-) -> None:
-    """Write a video of the first evaluation episode."""
-    video = Video(task, path)
-    episode = cal_ql.Episode(task, cal_ql.episode_seed(config.eval_seed, "eval", 0))
-    # as many rows as in the evaluation, where rounding would be another for one
-    observations = np.zeros((config.n_episodes, task.observation_dim), np.float32)
-    while not episode.over:
-        video.add_frame()
-        observations[0] = scaling.observation(episode.observation)
-        episode.step(agent.act(observations, explore=False)[0])
-    video.writer.close()
+        return self.task.step(action)
 
 
 def evaluate(run: Path, n: int, seed: int | None, video: Path | None) -> str:
     """Play `n` episodes and say what they yielded."""
-    config, agent, scaling, task = load_policy(run)
+    config, task, actor, scaling = load_policy(run)
     seed = config.eval_seed if seed is None else seed
-    config = dataclasses.replace(config, n_episodes=n, eval_seed=seed)
+    config = dataclasses.replace(config, n_episodes=n, eval_seed=seed, eval_workers=None)
     if video:
-        record(video, config, agent, scaling, task)
-    episodes = cal_ql.Evaluator(config).evaluate(agent, scaling, between=lambda: None)
+        film, first = Filmed(task, video), cal_ql.episode_seed(seed, "eval", 0)
+        cal_ql.play_episode(film, actor, scaling, first, explore=False)
+        film.writer.close()
+    evaluator = cal_ql.Evaluator(config, task)
+    episodes = evaluator.evaluate(actor, scaling)
+    evaluator.close()
     lines = [
         f"{n} episodes of {config.env}, seed {seed}",
-        f"return            {mean_interval([episode.episode_return for episode in episodes])}",
+        f"return            {mean_interval([sum(episode.rewards) for episode in episodes])}",
+        f"length            {mean_interval([len(episode.rewards) for episode in episodes])}",
         f"normalized score  {mean_interval([episode.score for episode in episodes])}",
     ]
     if task.has_goal:
@@ -122,10 +114,14 @@ def main() -> int:
     parser.add_argument("--video", type=Path, help="GIF or MP4 file of the first episode")
     args = parser.parse_args()
     try:
+        if args.episodes < 1:
+            raise runs.InputError(f"episodes: found {args.episodes}, expected 1 or more")
+        if args.seed is not None and not 0 <= args.seed < 2**32:
+            raise runs.InputError(f"seed: found {args.seed}, expected 0 to 2**32 - 1")
         print(evaluate(args.run, args.episodes, args.seed, args.video))
-    except cal_ql.InputError as error:
+    except (runs.InputError, runs.RunError) as error:
         print("evaluate.py: error:", *str(error).split(), file=sys.stderr)  # one line
-        return 2
+        return error.exit_code
     return 0
 
 

@@ -377,9 +377,13 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.task not in RECIPES:
         parser.error(f"no recipe for {args.task!r}; there is one for {', '.join(RECIPES)}")
-    for name, least in (("transitions", 1), ("seed", 0), ("workers", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    for name, least, most in (
+        ("transitions", 1, 2**40),
+        ("seed", 0, 2**32 - 1),
+        ("workers", 1, 999),
+    ):
+        if not least <= getattr(args, name) <= most:
+            parser.error(f"--{name} must be {least} to {most}, not {getattr(args, name)}")
     if args.output is None:
         name = f"{args.task}-{args.transitions}-seed{args.seed}.hdf5"
         args.output = Path(os.path.relpath(ROOT / "datasets" / name))
