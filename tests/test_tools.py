@@ -7,57 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import cal_ql
-from tools import benchmark, evaluate, report
+from tools import benchmark, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def write_run(path: Path, seed: int, calibrate: bool, scores: dict[int, float], regret: float):
-    path.mkdir()
-    config = {"env": "maze2d-umaze-v1", "seed": seed, "calibrate": calibrate}
-    (path / "config.yaml").write_text(yaml.dump({**config, "offline_iterations": 20}))
-    records = [{"step": s, "eval/d4rl_normalized_score": score} for s, score in scores.items()]
-    records.insert(1, {"step": 25, "train/regret": 1.0})
-    records.append({"step": 40, "train/regret": regret})
-    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
 
 
 def run_tool(*args) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
-def test_report_averages_over_seeds_and_keeps_options_apart(tmp_path):
-    paths = [
-        write_run(tmp_path / "a", 0, True, {10: 0.0, 20: 10.0, 40: 50.0}, 0.25),
-        write_run(tmp_path / "b", 1, True, {10: 0.0, 20: 30.0, 40: 70.0}, 0.75),
-        write_run(tmp_path / "c", 0, False, {10: 0.0, 20: 12.0, 40: 8.0}, 1.0),
-    ]
-    picture = tmp_path / "curves.png"
-    result = run_tool("tools/report.py", *paths, "--output", picture)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[2:] == [
-        "| calibrate: True | 2 | 20.0 (10.0 to 30.0) | 60.0 (50.0 to 70.0) | 0.50 |",
-        "| calibrate: False | 1 | 12.0 (12.0 to 12.0) | 8.0 (8.0 to 8.0) | 1.00 |",
-    ]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("content", [None, "not json\n", '{"step": 1}\n'])
-def test_report_names_a_directory_that_holds_no_run(tmp_path, capsys, monkeypatch, content):
-    (tmp_path / "config.yaml").write_text("seed: 0\n")
-    if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
-    assert report.main() == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and str(tmp_path) in error
 
 
 @pytest.fixture(scope="module")
