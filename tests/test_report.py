@@ -163,6 +163,35 @@ def test_seeds_with_other_evaluation_steps_are_averaged_between_their_evaluation
     assert drawn == pytest.approx(expected)
 
 
+def made_up(seed: int, scores: list[float], switch: int = 20) -> report.Run:
+    """A run that ends 20 steps after the switch, evaluated every 10 steps."""
+    steps, nothing = 10.0 * np.arange(len(scores)), np.full(len(scores), np.nan)
+    values = (steps, np.array(scores), nothing, nothing)
+    return report.Run("", "task", "m", seed, switch, switch + 20, {}, *values)
+
+
+def test_the_aggregate_goes_by_the_share_of_each_phase():
+    long = made_up(0, [0, 1, 2, 3, 4, 10, 30], switch=40), made_up(1, [2] * 7, switch=40)
+    short = made_up(0, [4, 4, 6, 8, 20]), made_up(1, [6, 6, 6, 6, 6])
+    bare = [made_up(0, [1, 2, 3], switch=0)]
+    runs = {"a": {"m": [*long], "n": bare}, "b": {"m": [*short], "n": bare}}
+    m, n = report.draw_figure(runs, runs).axes[2].lines[:2]
+    drawn = dict(m.get_xydata())
+    # halfway: step 20 of the one and step 10 of the other, then steps 50 and 30
+    pooled = {-1: [0, 2, 4, 6], -0.5: [2, 2, 4, 6], 0.5: [10, 2, 8, 6], 1: [30, 2, 20, 6]}
+    for share, scores in pooled.items():
+        assert drawn[share] == pytest.approx(naive_interquartile_mean([scores]))
+    assert dict(n.get_xydata())[0.5] == 2 and min(n.get_xdata()) == 0
+
+
+def test_several_methods_are_compared_rather_than_one_on_more_tasks():
+    run = [made_up(0, [0, 0, 0, 0, 0])]
+    ended = {"a": {"m": run, "n": run}, "b": {"m": run, "n": run}, "c": {"m": run}, "d": {"m": run}}
+    ended |= {"e": {"m": run}}
+    assert report.comparable(ended) == {"a": ended["a"], "b": ended["b"]}
+    assert report.comparable({"a": {"m": run}, "b": {"n": run}}) == {}
+
+
 # ------------------------------------------------------------------- runs, methods, seeds
 
 
@@ -262,6 +291,8 @@ def test_a_csv_file_is_tidy_and_gives_the_same_report(study, tmp_path, capsys):
     code, from_csv, errors = call(capsys, table, "--csv", again)
     assert (code, errors, from_csv) == (0, [], output)
     assert table.read_text() == again.read_text()
+    scores = [run.scores for run in report.read_csv(table) if run.seed == 7]
+    assert scores == [pytest.approx([1 / 3, 2 / 3], rel=1e-6)]
     with table.open() as file:
         found = [
             row for row in csv.DictReader(file) if (row["seed"], row["method"]) == ("1", "CQL")
@@ -373,6 +404,7 @@ def test_a_directory_without_a_readable_run_is_one_line(tmp_path, capsys, files,
         ("a,b\n1,2\n", "no column task"),
         (HEADER, "no evaluation"),
         (HEADER + f"{MAZE},Cal-QL,0,20,20,0,offline,x,,\n", "line 2: score is 'x'"),
+        (HEADER + f"{MAZE},,0,20,20,0,offline,1,,\n", "line 2: found no task or no method"),
         (HEADER + f"{MAZE},Cal-QL,0,20\n", "line 2: online_iterations is 'None'"),
         (HEADER + f"{MAZE},Cal-QL,0,20,20,-1,offline,1,,\n", "line 2: step is '-1'"),
     ],

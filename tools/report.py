@@ -176,6 +176,8 @@ def read_csv(path: Path) -> list[Run]:
             raise ValueError(f"found no column {', '.join(missing)}, expected those of --csv")
         for row in rows:
             where = f"line {rows.line_num}:"
+            if not (row["task"] and row["method"]):
+                raise ValueError(f"{where} found no task or no method")
             seed, offline, online, step = (
                 number(row[k], f"{where} {k}", True) for k in COLUMNS[2:6]
             )
@@ -202,7 +204,7 @@ def read_all(paths: list[Path]) -> tuple[list[Run], list[str]]:
         try:
             runs += read_csv(path) if path.suffix == ".csv" else [read_run(path)]
         except OSError as error:
-            problems.append(f"{error.filename}: {error.strerror}")
+            problems.append(f"{error.filename or path}: {error.strerror}")
         except (ValueError, RecursionError, csv.Error) as error:
             problems.append(f"{path}: {' '.join(str(error).split())}")
     return runs, problems
@@ -255,7 +257,7 @@ def without_duplicates(runs: list[Run]) -> tuple[list[Run], list[str]]:
         other = kept.setdefault((run.task, run.method.casefold(), run.method, run.seed), run)
         if other is not run:
             steps = f"which is at step {other.steps[-1]:,.0f}, this one at {run.steps[-1]:,.0f}"
-            lines.append(f"{run.source}: task, method and seed of {other.source}, {steps}")
+            lines.append(f"{run.source}: same task, method, seed as {other.source}, {steps}")
     return [kept[key] for key in sorted(kept)], lines
 
 
@@ -638,7 +640,9 @@ def main(arguments: Optional[list[str]] = None) -> int:
     try:
         report(runs, notes, args)
     except OSError as error:
-        return complain("error", [f"cannot write {error.filename}: {error.strerror}"])
+        return complain(
+            "error", [f"cannot write {error.filename or 'the output'}: {error.strerror}"]
+        )
     return 0
 
 
