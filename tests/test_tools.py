@@ -1,31 +1,21 @@
 """The programs around the script, against runs written by hand and by the script itself."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import cal_ql
-from tools import benchmark, evaluate, report
+import runs
+from tools import benchmark, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def write_run(path: Path, seed: int, calibrate: bool, scores: dict[int, float], regret: float):
-    path.mkdir()
-    config = {"env": "maze2d-umaze-v1", "seed": seed, "calibrate": calibrate}
-    (path / "config.yaml").write_text(yaml.dump({**config, "offline_iterations": 20}))
-    records = [{"step": s, "eval/d4rl_normalized_score": score} for s, score in scores.items()]
-    records.insert(1, {"step": 25, "train/regret": 1.0})
-    records.append({"step": 40, "train/regret": regret})
-    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
 
 
 def run_tool(*args) -> subprocess.CompletedProcess:
@@ -33,43 +23,24 @@ def run_tool(*args) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_report_averages_over_seeds_and_keeps_options_apart(tmp_path):
-    paths = [
-        write_run(tmp_path / "a", 0, True, {10: 0.0, 20: 10.0, 40: 50.0}, 0.25),
-        write_run(tmp_path / "b", 1, True, {10: 0.0, 20: 30.0, 40: 70.0}, 0.75),
-        write_run(tmp_path / "c", 0, False, {10: 0.0, 20: 12.0, 40: 8.0}, 1.0),
-    ]
-    picture = tmp_path / "curves.png"
-    result = run_tool("tools/report.py", *paths, "--output", picture)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[2:] == [
-        "| calibrate: True | 2 | 20.0 (10.0 to 30.0) | 60.0 (50.0 to 70.0) | 0.50 |",
-        "| calibrate: False | 1 | 12.0 (12.0 to 12.0) | 8.0 (8.0 to 8.0) | 1.00 |",
-    ]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("content", [None, "not json\n", '{"step": 1}\n'])
-def test_report_names_a_directory_that_holds_no_run(tmp_path, capsys, monkeypatch, content):
-    (tmp_path / "config.yaml").write_text("seed: 0\n")
-    if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
-    assert report.main() == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and str(tmp_path) in error
+@pytest.fixture(scope="module")
+def restored_signals():
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in handlers:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory) -> Path:
+def finished_run(tmp_path_factory, restored_signals) -> Path:
     path = tmp_path_factory.mktemp("runs")
     config = cal_ql.parse_config(
         f"--env maze2d-umaze-v1 --device cpu --checkpoints_path {path} --hidden_dim 8 --seed 3"
         f" --dataset_path {ROOT}/datasets/maze2d-umaze-v1-small.hdf5 --batch_size 16"
         " --offline_iterations 30 --online_iterations 0 --n_episodes 3 --eval_seed 7".split()
     )
-    cal_ql.train(config)
-    return path / config.run_name
+    cal_ql.start(config, runs.StopSignals())
+    return path / cal_ql.run_name(config)
 
 
 def test_evaluate_repeats_the_score_that_the_run_recorded(finished_run, tmp_path):
@@ -78,6 +49,7 @@ def test_evaluate_repeats_the_score_that_the_run_recorded(finished_run, tmp_path
     printed = evaluate.evaluate(finished_run, 3, None, None)
     assert "3 episodes of maze2d-umaze-v1, seed 7" in printed
     assert f"normalized score  {scores[-1]:.2f}" in printed
+    assert "length            300.00 (300.00 to 300.00), deviation 0.00" in printed
 
 
 def test_evaluate_records_a_video_or_says_what_is_missing(finished_run, tmp_path, monkeypatch):
@@ -112,7 +84,7 @@ def test_benchmark_counts_kernels_and_not_views():
     assert sum(map(benchmark.count_kernels, tops)) == 4
 
 
-def test_benchmark_reports_a_run(tmp_path):
+def test_benchmark_reports_a_run(tmp_path, restored_signals):
     config = cal_ql.Config(
         device="cpu",
         env="maze2d-umaze-v1",
@@ -125,19 +97,27 @@ def test_benchmark_reports_a_run(tmp_path):
     found = benchmark.benchmark(config, repeats=1)
     assert found["offline transitions"] == 98_913
     # float32: an observation of 4, an action of 2, three numbers; a next observation online alone
-    assert found["bytes an online transition"] == 4 * (4 + 2 + 3 + 4)
-    assert found["bytes an offline transition"] == pytest.approx(4 * (4 + 2 + 3) + 8, rel=0.02)
+    assert found["bytes per online transition"] == 4 * (4 + 2 + 3 + 4)
+    assert found["bytes per offline transition"] == pytest.approx(4 * (4 + 2 + 3) + 8, rel=0.02)
     assert all(value > 0 for value in found.values() if not isinstance(value, str))
     assert sum(found[name] for name in found if name.startswith("share of the")) == pytest.approx(1)
 
 
 def test_intervals():
-    assert evaluate.mean_interval([1.0, 2.0, 3.0]) == "2.00 (-0.48 to 4.48)"  # t = 4.303, 2 dof
+    found = evaluate.mean_interval([1.0, 2.0, 3.0])  # t = 4.303, 2 degrees of freedom
+    assert found == "2.00 (-0.48 to 4.48), deviation 0.82 over episodes"
     assert evaluate.rate_interval(5, 10) == "0.500 (0.237 to 0.763)"  # Wilson (1927)
 
 
-def test_evaluate_names_a_directory_without_checkpoints(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path)])
+@pytest.mark.parametrize(
+    "options, named",
+    [("nowhere", "nowhere"), (".", "no checkpoint"), ("other.pt", "other.pt")]
+    + [("run --episodes 0", "episodes"), ("run --seed -1", "seed")],
+)
+def test_evaluate_names_what_is_wrong_in_one_line(options, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weights": torch.zeros(3)}, "other.pt")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *options.split()])
     assert evaluate.main() == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and str(tmp_path) in error
+    assert error.count("\n") == 1 and named in error
