@@ -1,0 +1,117 @@
+"""Tasks by their names, and D4RL's kitchen paid by the rule of its data."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import tasks
+from cal_ql import Actor, Config, load_dataset, play_episode, transitions_of
+from runs import InputError
+
+FAILURE_REWARDS = {
+    "antmaze-umaze-v2": 0.0,
+    "maze2d-umaze-v1": 0.0,
+    "maze2d-umaze-dense-v1": None,
+    "door-cloned-v1": None,
+    "kitchen-mixed-v0": None,
+    "halfcheetah-medium-v2": None,
+}
+
+
+@pytest.mark.parametrize("name", FAILURE_REWARDS)
+def test_what_a_task_says_of_itself(name):
+    task = tasks.make(name)
+    observation = task.reset(seed=3)
+    assert observation.shape == (task.observation_dim,) and observation.dtype == np.float32
+    found = task.step(np.zeros(task.action_dim, np.float32))
+    assert [type(value) for value in found] == [np.ndarray, float, bool, bool, bool]
+    assert task.failure_reward == FAILURE_REWARDS[name]
+    assert task.has_goal == (name.startswith(("antmaze", "maze2d-umaze-v1", "door", "kitchen")))
+
+
+NAMES = ["CartPole-v1", "Pendulum-v1", "../x", "", "minigrid-fourrooms-v0", "antmaze-umase-v2"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_task_is_named_in_one_line(name):
+    with pytest.raises(InputError, match="env: ") as caught:
+        tasks.make(name)
+    assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------- kitchen
+
+
+@pytest.fixture(scope="module")
+def kitchen() -> tasks.Task:
+    return tasks.make("kitchen-mixed-v0")
+
+
+def complete(task: tasks.Task, subtasks: list[str]) -> None:
+    """Start over, with the elements of these subtasks where they should be."""
+    from d4rl.kitchen import kitchen_envs
+
+    env = task.env.unwrapped
+    env.sim.data.qpos[:], env.sim.data.qvel[:] = env.init_qpos, 0.0
+    for name in subtasks:
+        place = kitchen_envs.OBS_ELEMENT_INDICES[name]
+        env.sim.data.qpos[place] = kitchen_envs.OBS_ELEMENT_GOALS[name]
+    env.sim.forward()
+
+
+DONE = [["microwave"], ["microwave", "kettle"], ["kettle"], ["kettle", "light switch"]]
+
+
+def play(task: tasks.Task, plan: list[list[str]]) -> list[tuple]:
+    task.reset(seed=0)
+    played = []
+    for subtasks in plan:
+        complete(task, subtasks)
+        played.append(task.step(np.zeros(task.action_dim, np.float32)))
+    return played
+
+
+def test_every_step_pays_the_subtasks_complete_in_its_state(kitchen):
+    played = play(kitchen, DONE)
+    assert [reward for _, reward, *_ in played] == [len(subtasks) for subtasks in DONE]
+    assert not any(terminal or truncated or success for *_, terminal, truncated, success in played)
+    # D4RL's score: three of four distinct subtasks were complete at some time
+    assert kitchen.score(sum(reward for _, reward, *_ in played), False) == 75.0
+
+
+def test_an_episode_ends_where_all_subtasks_hold_at_once(kitchen):
+    everything = list(kitchen.env.unwrapped.TASK_ELEMENTS)
+    halves = [everything[:2], everything[2:], everything]
+    ends = [(terminal, success) for *_, terminal, _, success in play(kitchen, halves)]
+    assert ends == [(False, False), (False, True), (True, True)]
+    assert kitchen.score(0.0, True) == 100.0
+    assert play(kitchen, [[]])[0][1] == 0  # a reset forgets
+
+
+def test_a_state_is_worth_the_same_offline_and_online(kitchen, monkeypatch, tmp_path):
+    """Two subtasks done: D4RL's files pay 2 at every step of it, its environment once."""
+    reset = kitchen.reset
+
+    def reset_with_two_done(seed):
+        reset(seed)
+        complete(kitchen, ["microwave", "kettle"])
+        return np.zeros(60, np.float32)
+
+    monkeypatch.setattr(kitchen, "reset", reset_with_two_done)
+    monkeypatch.setattr(kitchen.env, "_max_episode_steps", 3)
+    rows = {"observations": np.zeros((4, 60)), "actions": np.zeros((4, 9))}
+    rows |= {"rewards": np.array([2, 2, 4, 2]), "terminals": np.zeros(4, bool)}
+    rows["timeouts"] = np.zeros(4, bool)
+    with h5py.File(tmp_path / "kitchen.hdf5", "w") as file:
+        for name, column in rows.items():
+            file[name] = column
+    config = Config(reward_bias=-4.0, normalize=False)
+    path = tmp_path / "kitchen.hdf5"
+    dataset = load_dataset(config, kitchen, path, torch.device("cpu"), {})
+    assert dataset.rows.rewards.tolist() == [-2, -2, 0, -2]
+    assert dataset.rows.terminals.tolist() == [0, 0, 1, 0]
+    actor = Actor(60, 9, Config(hidden_dim=8))
+    episode = play_episode(kitchen, actor, dataset.scaling, 0, explore=False)
+    assert transitions_of(episode, dataset, 0.99).rewards.tolist() == [-2, -2, -2]
+    assert episode.score == 50.0 and not episode.terminal
