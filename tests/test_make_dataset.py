@@ -232,9 +232,9 @@ def test_the_ant_is_led_through_free_neighbouring_cells(task: str):
     ("arguments", "complaint"),
     [
         (["pen-cloned-v1"], "no recipe for 'pen-cloned-v1'; there is one for maze2d-umaze-v1, "),
-        (["antmaze-umaze-v2", "--transitions", "0"], "--transitions must be at least 1, not 0"),
+        (["antmaze-umaze-v2", "--transitions", "0"], "--transitions must be 1 to"),
         (["antmaze-umaze-v2", "--transitions", "1e6"], "invalid int value: '1e6'"),
-        (["antmaze-umaze-v2", "--seed", "-1"], "--seed must be at least 0, not -1"),
+        (["antmaze-umaze-v2", "--seed", "-1"], "--seed must be 0 to"),
         (["antmaze-umaze-v2", "--output", "missing/a.hdf5"], "there is no directory missing"),
         (["antmaze-umaze-v2", "--output", "saved"], "saved exists; choose another --output"),
         ([], "the following arguments are required: task"),
