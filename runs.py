@@ -197,11 +197,20 @@ def blocked_signals() -> Iterator[None]:
     So what is sent to the whole group reaches this process alone, which decides when to stop.
     """
     multiprocessing.resource_tracker.ensure_running()  # started meanwhile, it would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    waiting: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        for number in handlers:  # other threads do not block them, and Python handles them here
+            signal.signal(number, lambda number, frame: waiting.append(number))
+        signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in waiting:
+            signal.raise_signal(number)
 
 
 # ---------------------------------------------------------------------------- the machine
