@@ -197,11 +197,20 @@ def blocked_signals() -> Iterator[None]:
     So what is sent to the whole group reaches this process alone, which decides when to stop.
     """
     multiprocessing.resource_tracker.ensure_running()  # started meanwhile, it would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    waiting: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        for number in handlers:  # other threads do not block them, and Python handles them here
+            signal.signal(number, lambda number, frame: waiting.append(number))
+        signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in waiting:
+            signal.raise_signal(number)
 
 
 # ---------------------------------------------------------------------------- the machine
@@ -300,8 +309,10 @@ class RunDirectory:
         self.metrics.write(json.dumps(record).encode() + b"\n")
         self.metrics.flush()
 
-    def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in Path(self.metrics.name).read_bytes().splitlines()]
+    def records(self) -> Iterator[dict[str, Any]]:
+        for line in Path(self.metrics.name).read_bytes().splitlines():
+            with contextlib.suppress(ValueError):  # a line that somebody has edited
+                yield json.loads(line)
 
     def add_rows(self, rows: np.ndarray) -> None:
         self.rows.write(rows.astype(np.float32).tobytes())
@@ -338,7 +349,7 @@ class RunDirectory:
                 old.unlink()
 
     def load(self, device: torch.device) -> Optional[dict[str, Any]]:
-        """The newest checkpoint that is whole and whose data is there; None for a new run.
+        """The newest checkpoint that is whole and whose rows are there; None for a new run.
 
         Cuts the growing files back to it, and sets newer checkpoints aside. Raises `InputError`
         where none is good, and changes nothing then.
@@ -346,7 +357,7 @@ class RunDirectory:
         found, problems, state = self.checkpoints()[::-1], [], None
         for path in found:
             try:
-                state = self.load_with_its_data(path, device)
+                state = self.load_with_its_rows(path, device)
                 break
             except InputError as error:
                 problems.append(str(error))
@@ -356,16 +367,19 @@ class RunDirectory:
             path.rename(path.with_suffix(".broken"))
             print(f"{problem}: {path.name} is set aside, the run goes on from the one before")
         sizes = state["sizes"] if state else {"metrics": 0, "rows": 0}
-        for file, size in ((self.metrics, sizes["metrics"]), (self.rows, sizes["rows"])):
+        records = Path(self.metrics.name).read_bytes()[: sizes["metrics"]]
+        if len(records) < sizes["metrics"]:  # a pity, but nothing to throw training away for
+            print(f"{self.metrics.name} lacks records from before this start; the run goes on")
+        whole = records.rfind(b"\n") + 1  # without a torn last line
+        for file, size in ((self.metrics, whole), (self.rows, sizes["rows"])):
             file.truncate(size)
             file.seek(0, os.SEEK_END)
         return state
 
-    def load_with_its_data(self, path: Path, device: torch.device) -> dict[str, Any]:
+    def load_with_its_rows(self, path: Path, device: torch.device) -> dict[str, Any]:
         state = load_checkpoint(path, device)
-        for file, name in ((self.metrics, "metrics"), (self.rows, "rows")):
-            if file.tell() < state["sizes"][name]:
-                raise InputError(f"{file.name} is shorter than {path.name} says")
+        if self.rows.tell() < state["sizes"]["rows"]:
+            raise InputError(f"{self.rows.name} is shorter than {path.name} says")
         return state
 
 

@@ -1,8 +1,8 @@
 """Kill a short run (-9) at random moments of both phases, and restart it each time until it ends.
 
-    python tools/kill_test.py --kills 20
+    python tests/kill_test.py --kills 20
 
-Its metrics, networks, optimizers and stored transitions must equal, bit for bit, those of a run
+Its metrics, networks, optimizer and stored transitions must equal, bit for bit, those of a run
 that was left alone; what differs is printed, and the exit code is 1.
 """
 
@@ -27,11 +27,11 @@ RUN += """--env maze2d-umaze-v1 --device cpu --offline_iterations 110 --online_i
     --batch_size 16 --cql_n_actions 2""".split()
 
 
-def start(directory: Path, *options: str, **settings: Any) -> subprocess.Popen:
-    """The run below `directory`, as a process of its own; `settings` are those of Popen."""
+def start(directory: Path, *options: Any, **settings: Any) -> subprocess.Popen:
+    """`python cal_ql.py OPTIONS` in `directory`; `settings` are those of Popen."""
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **settings}
     settings.setdefault("env", {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **os.environ})
-    command = [sys.executable, str(ROOT / "cal_ql.py"), *RUN, *options]
+    command = [sys.executable, str(ROOT / "cal_ql.py"), *map(str, options)]
     return subprocess.Popen(command, cwd=directory, **settings)
 
 
@@ -62,19 +62,21 @@ def flatten(value: Any, name: str) -> dict[str, Any]:
     return {name: value.numpy().tobytes() if torch.is_tensor(value) else value}
 
 
-def outcome(directory: Path) -> dict[str, Any]:
-    """All that the run below `directory` leaves, but for its rates of updates."""
+def outcome(directory: Path, aside: int | None = None) -> dict[str, Any]:
+    """All that the run below `directory` leaves, but for its speed, and for records at `aside`."""
     (transitions,) = directory.glob("*/transitions.bin")
     final = max(transitions.parent.glob("checkpoint_*.pt"), key=lambda path: int(path.stem[11:]))
     metrics = [{**record, "updates_per_second": None} for record in records(directory)]
-    checkpoint = {**torch.load(final, weights_only=True), "sizes": None}  # rates vary in length
+    metrics = [record for record in metrics if record["step"] != aside]
+    # the options that are no part of a run's identity may differ, and rates vary in length
+    checkpoint = {**torch.load(final, weights_only=True), "config": None, "sizes": None}
     leaves = flatten(metrics, "record") | flatten(checkpoint, "checkpoint")
     return {"file": final.name, "transitions": transitions.read_bytes(), **leaves}
 
 
-def differences(one: Path, other: Path) -> list[str]:
+def differences(one: Path, other: Path, aside: int | None = None) -> list[str]:
     """Names of what differs between the outcomes of the runs below two directories."""
-    a, b = outcome(one), outcome(other)
+    a, b = outcome(one, aside), outcome(other, aside)
     return [name for name in {**a, **b} if a.get(name, "none") != b.get(name, "none")]
 
 
@@ -85,14 +87,14 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as left_alone, tempfile.TemporaryDirectory() as killed:
-        finish(start(Path(left_alone)))
+        finish(start(Path(left_alone), *RUN))
         for step in sorted(rng.randrange(490) for _ in range(args.kills)):
-            process = start(Path(killed))
+            process = start(Path(killed), *RUN)
             wait_until(process, lambda: any(r["step"] >= step for r in records(Path(killed))))  # noqa: B023
             time.sleep(rng.uniform(0.0, 0.1))
             process.kill()
             print(f"killed after step {records(Path(killed))[-1]['step']}:", finish(process).stdout)
-        print(finish(start(Path(killed))).stdout)
+        print(finish(start(Path(killed), *RUN)).stdout)
         different = differences(Path(left_alone), Path(killed))
     print(f"{args.kills} kills, {len(different)} differences", *different, sep="\n")
     sys.exit(bool(different))
