@@ -431,15 +431,16 @@ class Wandb:
         if directory:
             options |= {"dir": os.environ.get("WANDB_DIR", directory.path), "resume": "allow"}
             options["id"] = os.environ.get("WANDB_RUN_ID", self.known_id(directory))
+        offline = {"mode": "offline", "settings": wandb.Settings(silent=True)}
         try:
-            if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
-                print("W&B: no API key, so it records offline; `wandb sync` uploads that later")
-                options["mode"] = "offline"
             try:
+                if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+                    print("W&B: no API key, so it records offline; `wandb sync` uploads that later")
+                    options |= offline
                 self.run = wandb.init(**options)
             except wandb.Error as error:
                 print("W&B cannot be reached, so it records offline:", *str(error).split())
-                self.run = wandb.init(**options | {"mode": "offline"})
+                self.run = wandb.init(**options | offline)
             self.run.define_metric("*", step_metric="step")
             if directory:
                 (directory.path / "wandb_id").write_text(self.run.id)

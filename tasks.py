@@ -9,6 +9,7 @@ Nothing here knows of Cal-QL. Whatever a user can get wrong raises `InputError`.
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Optional
 
@@ -104,6 +105,7 @@ class Task:
                 downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)
                 pooch.retrieve(url, None, file.name, directory, downloader=downloader)
             except (OSError, ValueError) as error:  # requests' own are OSErrors
+                print(file=sys.stderr)  # after the progress bar
                 raise InputError(
                     f"dataset: cannot download {url} to {file} ({error}); fetch it elsewhere and "
                     f"put it there, or make data with `python tools/make_dataset.py {self.name}` "

@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import kill_test  # noqa: E402
 
 import cal_ql  # noqa: E402
+import tasks  # noqa: E402
 
 SMALL = """--env maze2d-umaze-v1 --dataset_path data.hdf5 --device cpu --hidden_dim 8
     --q_n_hidden_layers 1 --actor_n_hidden_layers 1 --batch_size 16 --cql_n_actions 2
@@ -53,7 +54,7 @@ def call(*args: Any) -> subprocess.CompletedProcess:
         contextlib.redirect_stderr(err),
     ):
         try:
-            code = cal_ql.main() or 0
+            code = cal_ql.main()
         except SystemExit as end:
             code = end.code or 0
         finally:
@@ -129,7 +130,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 DEFAULTS = {
     "device": "cuda",
     "precision": None,
-    "compile": None,
+    "compile": False,
     "env": "halfcheetah-medium-expert-v2",
     "seed": 0,
     "eval_seed": 0,
@@ -333,7 +334,7 @@ def test_our_files_hold_the_published_hyper_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_names_a_real_task(path: Path) -> None:
-    cal_ql.Task(parse("--config_path", path).env)
+    tasks.make(parse("--config_path", path).env)
 
 
 def test_the_command_line_goes_over_the_file_over_the_defaults(tmp_path: Path) -> None:
@@ -370,6 +371,13 @@ BAD_OPTIONS = {
     "--is_sparse_reward true --discount 1": "discount",
     "--config_path nowhere.yaml": "nowhere.yaml",
     "--config_path .": "config_path",
+    "--config_path=": "config_path",
+    "--checkpoints_path=": "checkpoints_path",
+    "--name ../../x": "name",
+    "--cql_clip_diff_max -.inf --cql_clip_diff_min 0": "cql_clip_diff_max",
+    "--device mps": "device",
+    "--device xpu": "device",
+    "--device meta": "device",
 }
 BAD_FILES = {
     "sed: 1": "sed",
@@ -379,7 +387,12 @@ BAD_FILES = {
     "qf_lr: fast": "qf_lr",
     "env: null": "env",
     "mixing_ratio: 2": "mixing_ratio",
-    "1: 2": "config_path",
+    "1: 2": "1: there is no such option",
+    "": "it is empty",
+    "seed: 1\nseed: 2": "seed is given twice",
+    "name: !!binary aGk=": "name",
+    f"seed: {'9' * 400}": "seed",
+    f"qf_lr: {'9' * 400}": "qf_lr",
     "- seed": "config_path",
     "seed": "config_path",
     "seed: [": "config_path",
@@ -453,6 +466,28 @@ def test_an_unreadable_checkpoint_is_refused(folder: Path) -> None:
     assert "other.pt" in error_line(call(*SMALL, "--load_model", "other.pt"))
 
 
+@pytest.mark.parametrize("name", "hidden_dim batch_size cql_n_actions q_n_hidden_layers".split())
+def test_sizes_that_do_not_fit_memory_are_refused(name: str, folder: Path) -> None:
+    line = error_line(call(*SMALL, f"--{name}", 10**9))
+    assert f"{name} {10**9}" in line and "GB" in line
+
+
+def test_the_source_is_read_once_for_the_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = inspect.getsource, []
+    monkeypatch.setattr(inspect, "getsource", lambda cls: calls.append(cls) or real(cls))
+    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit):
+        cal_ql.parse_config(["--help"])
+    assert calls == [cal_ql.Config]
+
+
+def test_a_dataset_directory_that_is_a_file_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D4RL_DATASET_DIR", "data.hdf5")
+    line = error_line(call(*SMALL, "--dataset_path", "null"))
+    assert "data.hdf5/maze2d-umaze-sparse-v1.hdf5" in line
+
+
 def test_bad_input_at_the_real_command_line(tmp_path: Path) -> None:
     assert "--batchsize" in error_line(run("--batchsize", 3))
     (tmp_path / "bad.yaml").write_text("qf_lr: fast")
@@ -487,14 +522,14 @@ def server(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iter
 def fetch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Runs without a dataset_path, the task's file being at the address given."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(folder / "cache" / "d4rl"))
-    make = cal_ql.Task.__init__
+    make = tasks.Task.__init__
 
     def run_from(url: str) -> subprocess.CompletedProcess:
-        def make_with_url(task: cal_ql.Task, name: str) -> None:
+        def make_with_url(task: tasks.Task, name: str) -> None:
             make(task, name)
             task.env.unwrapped.dataset_url = task.env.dataset_url and url
 
-        monkeypatch.setattr(cal_ql.Task, "__init__", make_with_url)
+        monkeypatch.setattr(tasks.Task, "__init__", make_with_url)
         options = ["--dataset_path", "null", "--online_iterations", 0]
         return call(*SMALL, *options)
 
@@ -575,13 +610,17 @@ UPDATE_METRICS = {
     *"cql_min_qf1_loss cql_min_qf2_loss cql_std_q1 cql_std_q2".split(),
     *"bound_rate_cql_q1_current_actions bound_rate_cql_q2_current_actions".split(),
     *"bound_rate_cql_q1_next_actions bound_rate_cql_q2_next_actions".split(),
-    "updates_per_second",
+    *"critic_gradient_norm actor_gradient_norm average_return_to_go updates_per_second".split(),
 }
 EPISODE_METRICS = {
     *"train/episode_return train/d4rl_normalized_episode_return train/episode_length".split(),
     *"train/is_success train/regret".split(),
 }
-EVAL_METRICS = {"eval/d4rl_normalized_score", "eval/success_rate"}
+EVAL_METRICS = {
+    *"eval/d4rl_normalized_score eval/episode_return eval/episode_length".split(),
+    *"eval/d4rl_normalized_score_std eval/episode_return_std eval/episode_length_std".split(),
+    "eval/success_rate",
+}
 
 
 @pytest.fixture(scope="module")
@@ -601,17 +640,18 @@ def test_the_logged_names_are_those_that_the_field_plots(finished: Path) -> None
     for part in (offline, online):
         assert UPDATE_METRICS <= set().union(*part)
         assert set().union(*part) >= EVAL_METRICS
-    assert not EPISODE_METRICS & set().union(*offline)
-    (episode,) = [record for record in online if "train/episode_return" in record]
-    assert EPISODE_METRICS <= set(episode)
-    assert (episode["online_iter"], episode["train/episode_length"]) == (300, 300)
+    # each episode is logged at the step at which it was played, before its updates
+    episodes = [record for record in records if "train/episode_return" in record]
+    assert [record["step"] for record in episodes] == [20, 320]
+    assert all(EPISODE_METRICS <= set(record) for record in episodes)
+    assert [record["train/episode_length"] for record in episodes] == [300, 300]
     assert all(np.isfinite(list(record.values())).all() for record in records)
 
 
 def test_steps_count_on_from_phase_to_phase(finished: Path) -> None:
     records = kill_test.records(finished)
     assert [r["step"] for r in records if "qf1_loss" in r] == list(range(10, 331, 10))
-    assert [r["step"] for r in records if EVAL_METRICS & set(r)] == [20, 100, 200, 300, 330]
+    assert [r["step"] for r in records if EVAL_METRICS & set(r)] == [0, 20, 100, 200, 300, 330]
     for record in records:
         assert record["step"] == record.get("offline_iter", 20 + record.get("online_iter", 0))
         assert ("offline_iter" in record) == (record["step"] <= 20)
@@ -625,7 +665,7 @@ def test_the_same_command_gives_the_same_numbers_bit_for_bit(finished: Path, fol
 def test_another_seed_gives_other_numbers(finished: Path, folder: Path) -> None:
     assert call(*SMALL, "--checkpoints_path", ".", "--seed", 1).returncode == 0
     different = kill_test.differences(finished, folder)
-    assert {"record 0 qf1_loss", "record 3 policy_loss", "transitions"} <= set(different)
+    assert {"record 1 qf1_loss", "record 2 policy_loss", "transitions"} <= set(different)
 
 
 def test_the_runs_directory_holds_the_resolved_config(finished: Path) -> None:
@@ -639,7 +679,8 @@ def test_a_run_without_checkpoints_path_writes_nothing(folder: Path) -> None:
 
 
 def test_load_model_starts_from_the_checkpoints_weights(finished: Path, folder: Path) -> None:
-    one_step = ["--offline_iterations", 0, "--online_iterations", 1]  # too little for an update
+    one_step = ["--offline_iterations", 0, "--online_iterations", 1, "--policy_lr", 1e-30]
+    one_step += ["--qf_lr", 1e-30, "--soft_target_update_rate", 0]  # which changes nothing
     options = ["--load_model", newest(finished), "--checkpoints_path", "."]
     assert call(*SMALL, *one_step, *options).returncode == 0
     loaded, saved = (torch.load(newest(path), weights_only=True) for path in (folder, finished))
