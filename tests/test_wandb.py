@@ -26,7 +26,7 @@ def start(folder: Path, **env: str) -> subprocess.Popen:
     write_dataset(folder / "data.hdf5")
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     clean |= {"HOME": str(folder / "home"), **env}
-    return kill_test.start(folder, *LONG, env=clean, stdin=subprocess.DEVNULL)
+    return kill_test.start(folder, *kill_test.RUN, *LONG, env=clean, stdin=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")
