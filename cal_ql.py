@@ -960,8 +960,10 @@ class Run:
         config, task, directory = self.config, self.task, self.directory
         check_memory(config, task, self.device)
         model = saved = directory.load(self.device) if directory else None
-        if saved and saved["identity"] != identity(config):
-            raise InputError(f"checkpoints_path: {directory.path} is of {saved['identity']}")
+        if saved and saved["identity"] != (mine := identity(config)):
+            theirs = {**{name: getattr(Config(), name) for name in mine}, **saved["identity"]}
+            other = {name: value for name, value in theirs.items() if mine.get(name) != value}
+            raise InputError(f"checkpoints_path: {directory.path} holds a run with {other}")
         if not saved and config.load_model:
             model = runs.load_checkpoint(Path(config.load_model), self.device)
         scaling = {k: v.cpu().numpy() for k, v in model["scaling"].items()} if model else {}

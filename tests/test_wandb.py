@@ -86,8 +86,8 @@ def history(folder: Path) -> dict[int, dict[str, Any]]:
     for record in records(file):
         items = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
         if items:
-            row = {key: json.loads(value) for key, value in items.items()}
-            steps[row["_step"]] = {key: row[key] for key in row if not key.startswith("_")}
+            row = {k: json.loads(value) for k, value in items.items() if not k.startswith("_")}
+            steps[row["step"]] = steps.get(row["step"], {}) | row
     return steps
 
 
