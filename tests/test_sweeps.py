@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,8 +26,8 @@ TINY = {
     "env": "maze2d-umaze-v1",
     "dataset_path": f"{ROOT}/datasets/maze2d-umaze-v1-small.hdf5",
     "device": "cpu",
-    "offline_iterations": 150,
-    "online_iterations": 310,
+    "offline_iterations": 100,
+    "online_iterations": 100,
     "eval_freq": 100,
     "checkpoint_freq": 10,
     "n_episodes": 1,
@@ -152,11 +153,13 @@ def test_runs_of_a_sweep_survive_their_agent_and_agents_their_runs(
             os.kill(pid, signal.SIGKILL)
 
     assert short.state == "finished"
+    starts = re.findall(r"starting at step (\d+) of 200$", (tmp_path / "log").read_text(), re.M)
+    assert starts[0] == "0" and int(starts[1]) > 0 and len(starts) == 2
     (run,) = tmp_path.glob("runs/*-seed0-*")
     assert (run / "wandb_id").read_text() == short.id
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records]
-    assert steps == sorted(steps) and steps[-1] == 460
+    assert steps == sorted(steps) and steps[-1] == 200
     assert {record["step"] for record in short.history} == set(steps)
 
 
