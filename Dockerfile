@@ -1,0 +1,29 @@
+# One run in a container, with the folder /data for everything that it reads and writes:
+#     docker build -t cal-ql .
+#     docker run --gpus all -v $PWD/data:/data cal-ql --config_path configs/antmaze.yaml --seed 1
+FROM python:3.11-slim-bookworm
+
+# g++: torch.compile and Triton compile on first use; OSMesa and EGL: evaluate.py --video.
+# Debian removes a package's old version from its servers, so that a pinned one would not build.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ libegl1 libosmesa6 \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /app
+COPY --chmod=755 requirements*.txt ./
+RUN pip install --no-cache-dir -r requirements.txt
+COPY --chmod=755 . .
+
+# Caches and settings go to /tmp, for the user may have no home and no name; all else to /data.
+# Anybody may write in /data, so that a new named volume belongs to whoever comes.
+ENV HOME=/tmp \
+    USER=calql \
+    PYTHONUNBUFFERED=1 \
+    WANDB_DIR=/data \
+    D4RL_DATASET_DIR=/data/datasets \
+    MUJOCO_GL=osmesa \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics
+RUN useradd --uid 1000 --home-dir /tmp --no-create-home calql && install -d -m 1777 /data
+USER 1000
+ENTRYPOINT ["python", "cal_ql.py", "--checkpoints_path", "/data/runs"]
