@@ -9,5 +9,5 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
-settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+settings.register_profile("tests", deadline=None, max_examples=50)  # a busy machine is no failure
 settings.load_profile("tests")

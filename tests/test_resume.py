@@ -96,7 +96,6 @@ def stopped_by(process: subprocess.Popen, signum: int) -> tuple[int, float]:
 
 def test_kills_at_any_moment_leave_no_trace(left_alone: Path, folder: Path) -> None:
     moments = {
-        "before the first checkpoint": step_reached(folder, 10),
         "evaluating, for that follows the means": step_reached(folder, 100),
         "writing a checkpoint": lambda: any(folder.glob("*/*.part")),
         "in mid-episode": step_reached(folder, 250),
