@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import http.server
 import inspect
 import io
@@ -40,7 +39,6 @@ SMALL = """--env maze2d-umaze-v1 --dataset_path data.hdf5 --device cpu --hidden_
     --q_n_hidden_layers 1 --actor_n_hidden_layers 1 --batch_size 16 --cql_n_actions 2
     --offline_iterations 20 --online_iterations 310 --eval_freq 100 --n_episodes 1
     --log_freq 10""".split()
-SOURCE = functools.cache(inspect.getsource)  # pyrallis asks for the script's once an option
 
 
 def call(*args: Any) -> subprocess.CompletedProcess:
@@ -49,7 +47,6 @@ def call(*args: Any) -> subprocess.CompletedProcess:
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     with (
         mock.patch.object(sys, "argv", ["cal_ql.py", *map(str, args)]),
-        mock.patch.object(inspect, "getsource", SOURCE),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -82,8 +79,7 @@ def error_line(result: subprocess.CompletedProcess, code: int = 2) -> str:
 
 
 def parse(*args: Any) -> cal_ql.Config:
-    with mock.patch.object(inspect, "getsource", SOURCE):
-        return cal_ql.parse_config(list(map(str, args)))
+    return cal_ql.parse_config(list(map(str, args)))
 
 
 def write_dataset(
