@@ -951,12 +951,12 @@ class Run:
             path = Path(config.checkpoints_path) / run_name(config)
             self.directory = RunDirectory(path, config.resume)
         try:
-            self.start(data)
+            self.prepare(data)
         finally:  # wrong input leaves nothing behind
             if self.directory:
                 self.directory.discard_unless_begun()
 
-    def start(self, data: Path) -> None:
+    def prepare(self, data: Path) -> None:
         config, task, directory = self.config, self.task, self.directory
         check_memory(config, task, self.device)
         model = saved = directory.load(self.device) if directory else None

@@ -1,9 +1,9 @@
 """What surrounds a run: its command line, signals, directory on disk, W&B and the machine's limits.
 
-Nothing here knows of Cal-QL. A run is a directory `DirectoryInUse` guards against a second process:
-its resolved config, its metrics as one JSON line per record, rows of data that only grow, and
-checkpoints that say how much of both belongs to them. Whatever ends a run, the same command goes on
-from the newest good checkpoint.
+Nothing here knows of Cal-QL. A run is a directory that one process holds at a time: its resolved
+config, its metrics as one JSON line per record, rows of data that only grow, and checkpoints that
+say how much of both belongs to them. Whatever ends a run, the same command goes on from the newest
+good checkpoint.
 """
 
 import argparse
@@ -59,11 +59,16 @@ class DirectoryInUse(RunError):
 Ranges = list[tuple[str, Callable[[Any, Any], Any], str]]  # options, what must hold, in words
 
 
+def value_type(kind: Any) -> type:
+    """int of int and of Optional[int], and so on."""
+    return (*get_args(kind), kind)[0]
+
+
 def cast(value: Any, kind: Any) -> Any:
     """A YAML value as an option's type; raises TypeError or ValueError where it does not fit."""
     if value is None and type(None) in get_args(kind):
         return None
-    kind = (*get_args(kind), kind)[0]
+    kind = value_type(kind)
     accepted = {bool: bool, str: (str, int, float)}.get(kind, (int, float, str))
     if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
         raise TypeError
@@ -83,7 +88,7 @@ def make_config(config_class: type, ranges: Ranges, options: dict[Any, Any]) -> 
         try:
             options[name] = cast(value, kinds[name])
         except (TypeError, ValueError, OverflowError):
-            expected = words[(*get_args(kinds[name]), kinds[name])[0]]
+            expected = words[value_type(kinds[name])]
             found = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
             raise InputError(f"{name}: found {found}, expected {expected}") from None
     config = config_class(**options)
@@ -141,7 +146,7 @@ class ConfigParser(pyrallis.argparsing.ArgumentParser):
         options = read_config_file(given.pop("config_path")) if "config_path" in given else {}
         for name, text in given.items():
             try:  # text is taken as it is
-                is_text = str in (kinds[name], *get_args(kinds[name])) and text != "null"
+                is_text = value_type(kinds[name]) is str and text != "null"
                 options[name] = text if is_text else yaml.safe_load(text)
             except (yaml.YAMLError, ValueError):
                 raise InputError(f"{name}: found {text[:80]!r}, expected a YAML value") from None
@@ -263,6 +268,8 @@ def provenance() -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------- the directory
 
+FORMAT = 2  # of checkpoints; those of other code are refused
+
 
 class RunDirectory:
     """A run on disk: config.yaml, metrics.jsonl, transitions.bin, checkpoints and starts.jsonl.
@@ -381,9 +388,6 @@ class RunDirectory:
         if self.rows.tell() < state["sizes"]["rows"]:
             raise InputError(f"{self.rows.name} is shorter than {path.name} says")
         return state
-
-
-FORMAT = 2  # of checkpoints; those of other code are refused
 
 
 def step_of(checkpoint: Path) -> Optional[int]:
