@@ -12,7 +12,7 @@ RUN apt-get update \
 
 WORKDIR /app
 COPY --chmod=755 requirements*.txt ./
-RUN pip install --no-cache-dir -r requirements.txt
+RUN pip install --no-cache-dir -r requirements-gymnasium.txt
 COPY --chmod=755 . .
 
 # Caches and settings go to /tmp, for the user may have no home and no name; all else to /data.
