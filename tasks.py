@@ -1,5 +1,8 @@
 """What Cal-QL trains on: each task as a `Task`, with an environment and the rows of its data.
 
+The id says whose it is: `D4RL/door/human-v2` Minari's, `cube-single-play-singletask-v0` OGBench's,
+else D4RL's.
+
     task = tasks.make("antmaze-umaze-v2")
     observation = task.reset(seed=0)
     observation, reward, terminal, truncated, success = task.step(action)  # action in [-1, 1]
@@ -8,10 +11,16 @@
 Nothing here knows of Cal-QL. Whatever a user can get wrong raises `InputError`.
 """
 
+import contextlib
+import importlib.metadata
+import io
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional
+from types import ModuleType
+from typing import Any, Optional
 
 import h5py
 import numpy as np
@@ -25,6 +34,10 @@ pooch.get_logger().setLevel("WARNING")  # it would tell the hash of every downlo
 
 def make(name: str) -> "Task":
     """The task of that id; raises `InputError` where there is none such or it cannot run here."""
+    if "/" in name:
+        return Minari(name)
+    if "singletask" in name:
+        return OGBench(name)
     return Kitchen(name) if name.startswith("kitchen") else Task(name)
 
 
@@ -172,6 +185,97 @@ class Kitchen(Task):
         rows = super().rows(path)
         rows["terminals"] |= rows["rewards"] == self.n_subtasks
         return rows
+
+
+# ---------------------------------------------------------------------------- gymnasium's tasks
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep what libraries print and warn of from the user; what they raise gets through."""
+    text = io.StringIO()
+    with (
+        contextlib.redirect_stdout(text),
+        contextlib.redirect_stderr(text),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def import_for(env: str, *packages: str) -> list[ModuleType]:
+    """Those packages of requirements-gymnasium.txt, which only such a task as `env` needs.
+
+    Raises `InputError` where one is missing.
+    """
+    try:
+        with silence():
+            modules = [importlib.import_module(name) for name in ("gymnasium", *packages)]
+    except ImportError as error:
+        raise InputError(
+            f"env: {env} needs packages that are missing here ({error}); install them by "
+            "`pip install -r requirements-gymnasium.txt`"
+        ) from None
+    modules[0].logger.min_level = modules[0].logger.ERROR  # its warnings at every reset
+    return modules
+
+
+class GymnasiumTask(Task):
+    """A gymnasium environment with a flat observation, actions in a box and a time limit."""
+
+    has_goal = True
+    is_locomotion = False
+    failure_reward: Optional[float] = None
+
+    def __init__(self, name: str, env: Any):
+        self.name, self.env = name, env
+        self.physics = "mujoco " + importlib.metadata.version("mujoco")
+        (self.observation_dim,) = env.observation_space.shape
+        (self.action_dim,) = env.action_space.shape
+        self.action_scale: np.ndarray = env.action_space.high
+        self.max_episode_steps: int = env.spec.max_episode_steps
+
+    def reset(self, seed: int) -> np.ndarray:
+        np.random.seed(
+            seed
+        )  # environments draw from it, from their own and their space's generator
+        self.env.unwrapped.action_space.seed(seed)
+        observation, _ = self.env.reset(seed=seed)
+        return observation.astype(np.float32)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, bool]:
+        played = self.env.step(action * self.action_scale)
+        observation, reward, terminal, truncated, info = played
+        truncated = bool(truncated and not terminal)
+        success = bool(info.get("success", False))
+        return observation.astype(np.float32), float(reward), bool(terminal), truncated, success
+
+    def score(self, episode_return: float, success: bool) -> float:
+        """100 where the episode just played succeeded, else 0."""
+        return 100.0 * success
+
+
+class Minari(GymnasiumTask):
+    """A dataset of Minari and the environment that it was recorded in."""
+
+    def __init__(self, name: str):
+        raise InputError(f"env: Minari has no dataset {name!r}")
+
+
+class OGBench(GymnasiumTask):
+    """A single task of OGBench, by its dataset's id: `cube-single-play-singletask-task2-v0`."""
+
+    failure_reward = -1.0  # the largest reward of a step without success; the others count below
+
+    def __init__(self, name: str):
+        gymnasium, _ = import_for(name, "ogbench")
+        family, _, task = name.partition("-singletask")
+        env_name = f"{family.rpartition('-')[0]}-singletask{task}"
+        with silence():
+            super().__init__(name, gymnasium.make(env_name, disable_env_checker=True))
+
+
+# ---------------------------------------------------------------------------- rows
 
 
 def check_rows(raw: dict[str, np.ndarray], task: Task, path: Path) -> dict[str, np.ndarray]:
