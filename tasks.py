@@ -12,15 +12,21 @@ Nothing here knows of Cal-QL. Whatever a user can get wrong raises `InputError`.
 """
 
 import contextlib
+import difflib
 import importlib.metadata
 import io
 import os
+import socket
 import sys
+import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -100,7 +106,7 @@ class Task:
         return 100.0 * float(self.env.get_normalized_score(episode_return))
 
     def data_file(self, path: Optional[str]) -> Path:
-        """The dataset at `path`, or D4RL's own, downloaded where it is not here yet."""
+        """The dataset at `path`, or else the published one."""
         if path is not None:
             if not Path(path).is_file():
                 raise InputError(
@@ -108,6 +114,10 @@ class Task:
                     f"`python tools/make_dataset.py {self.name}`"
                 )
             return Path(path)
+        return self.published_file()
+
+    def published_file(self) -> Path:
+        """D4RL's own dataset, downloaded where it is not here yet."""
         url = self.env.dataset_url
         if not url:
             raise InputError(f"env: D4RL has no data for {self.name}; name a file, --dataset_path")
@@ -118,13 +128,16 @@ class Task:
                 downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)
                 pooch.retrieve(url, None, file.name, directory, downloader=downloader)
             except (OSError, ValueError) as error:  # requests' own are OSErrors
-                print(file=sys.stderr)  # after the progress bar
-                raise InputError(
-                    f"dataset: cannot download {url} to {file} ({error}); fetch it elsewhere and "
-                    f"put it there, or make data with `python tools/make_dataset.py {self.name}` "
-                    "and name it with --dataset_path"
-                ) from None
+                raise self.download_error(url, file, error) from None
         return file
+
+    def download_error(self, url: str, file: Path, error: Exception) -> InputError:
+        print(file=sys.stderr)  # after the progress bar
+        return InputError(
+            f"dataset: cannot download {url} to {file} ({error}); fetch it elsewhere and put it "
+            f"there, or make data with `python tools/make_dataset.py {self.name}` and name it with "
+            "--dataset_path"
+        )
 
     def rows(self, path: Path) -> dict[str, np.ndarray]:
         """The arrays of a file in D4RL's layout, one row per step, checked.
@@ -236,11 +249,9 @@ class GymnasiumTask(Task):
         self.max_episode_steps: int = env.spec.max_episode_steps
 
     def reset(self, seed: int) -> np.ndarray:
-        np.random.seed(
-            seed
-        )  # environments draw from it, from their own and their space's generator
-        self.env.unwrapped.action_space.seed(seed)
-        observation, _ = self.env.reset(seed=seed)
+        np.random.seed(seed)  # environments draw from three generators: this,
+        self.env.unwrapped.action_space.seed(seed)  # their action space's
+        observation, _ = self.env.reset(seed=seed)  # and their own
         return observation.astype(np.float32)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, bool]:
@@ -263,16 +274,96 @@ class Minari(GymnasiumTask):
 
 
 class OGBench(GymnasiumTask):
-    """A single task of OGBench, by its dataset's id: `cube-single-play-singletask-task2-v0`."""
+    """A single task of OGBench, by its dataset's id: `cube-single-play-singletask-task2-v0`.
 
-    failure_reward = -1.0  # the largest reward of a step without success; the others count below
+    A step is paid, and ends the episode, for the state before it, as in the data: in mazes and for
+    one cube -1, or 0 at the goal; else minus the number of subtasks that are not complete.
+    """
+
+    failure_reward = -1.0
 
     def __init__(self, name: str):
-        gymnasium, _ = import_for(name, "ogbench")
-        family, _, task = name.partition("-singletask")
-        env_name = f"{family.rpartition('-')[0]}-singletask{task}"
-        with silence():
-            super().__init__(name, gymnasium.make(env_name, disable_env_checker=True))
+        gymnasium, self.ogbench = import_for(name, "ogbench")
+        names = {}  # id -> the environment's, for those that observe the state
+        for env_name in gymnasium.registry:
+            family, found, task = env_name.partition("-singletask")
+            if found and not family.startswith("visual"):
+                is_arm = family.startswith(("cube", "puzzle", "scene"))
+                for data in ("play", "noisy") if is_arm else ("navigate", "stitch", "explore"):
+                    names[f"{family}-{data}-singletask{task}"] = env_name
+        if name not in names:
+            close = ", ".join(difflib.get_close_matches(name, names)) or "none"
+            raise InputError(f"env: OGBench has no task {name!r}; close matches: {close}")
+        with (
+            silence(),
+            tempfile.TemporaryDirectory() as folder,
+            mock.patch.object(tempfile, "tempdir", folder),  # where each maze is left behind
+        ):
+            env = gymnasium.make(names[name], disable_env_checker=True)
+            # an arm's would be another one at each look, and so could not be seeded
+            type(env.unwrapped).action_space = env.unwrapped.action_space
+            super().__init__(name, env)
+
+    def published_file(self) -> Path:
+        default = self.ogbench.utils.DEFAULT_DATASET_DIR
+        directory = Path(os.environ.get("OGBENCH_DATASET_DIR", default)).expanduser()
+        file = directory / f"{self.name.partition('-singletask')[0]}-v0.npz"
+        if file.is_file():
+            return file
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # OGBench would wait for ever
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=directory) as folder:  # gone, whatever happens
+                self.ogbench.download_datasets([file.stem], folder)
+                for part in sorted(Path(folder).iterdir()):
+                    if not zipfile.is_zipfile(part):
+                        raise ValueError(f"{part.name} was cut short")
+                    part.replace(directory / part.name)
+        except (OSError, ValueError, HTTPException) as error:
+            raise self.download_error(self.ogbench.utils.DATASET_URL, file, error) from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+        return file
+
+    def rows(self, path: Path) -> dict[str, np.ndarray]:
+        """The arrays of a file in OGBench's layout, paid for this task by OGBench's own rule.
+
+        Each goal state is terminal, also where the recording goes on, and each recording's last
+        row a timeout. Actions stop short of the bounds, where the policy has no density.
+        """
+        try:
+            with silence():
+                raw = self.ogbench.load_dataset(path, compact_dataset=True, add_info=True)
+                self.check_positions(raw["qpos"], path)
+                self.ogbench.relabel_utils.relabel_dataset(self.env.spec.id, self.env, raw)
+        except MemoryError as error:
+            raise InputError(f"dataset {path}: too little memory to read it ({error})") from None
+        except InputError:
+            raise
+        except Exception as error:  # numpy, zipfile and zlib raise whatever they meet
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise InputError(
+                f"dataset {path}: not a whole .npz file in OGBench's layout ({reason}); delete it "
+                "and fetch or make it again"
+            ) from None
+        rows = {key: raw[key] for key in ("observations", "actions", "rewards")}
+        rows |= {"terminals": raw["masks"] == 0, "timeouts": raw["valids"] == 0}
+        rows = check_rows(rows, self, path)
+        rows["actions"] = rows["actions"].clip(-1 + 1e-5, 1 - 1e-5)
+        return rows
+
+    def check_positions(self, positions: np.ndarray, path: Path) -> None:
+        """Raise `InputError` for positions [N, nq] of another robot, or of another maze."""
+        env = self.env.unwrapped
+        if positions.shape[1:] != (env.model.nq,):
+            found, width = positions.shape, env.model.nq
+            raise InputError(f"dataset {path}: qpos has shape {found}, the task needs (N, {width})")
+        if hasattr(env, "maze_map"):
+            free = set(map(tuple, np.argwhere(env.maze_map == 0).tolist()))
+            some = positions[:: 1 + len(positions) // 1000, :2]
+            if np.mean([env.xy_to_ij(xy) in free for xy in some]) < 0.99:
+                raise InputError(f"dataset {path}: its positions are in walls of {self.name}")
 
 
 # ---------------------------------------------------------------------------- rows
