@@ -183,8 +183,9 @@ def return_to_go(
         rewards: [N], scaled and shifted.
         ends: [N] bool, the last row of each episode.
         discount: the factor per step.
-        failure_reward: in sparse tasks, what a step without success yields. An episode with no
-            other reward has failed, and is taken to go on for ever: reward / (1 - discount).
+        failure_reward: in sparse tasks, the most that a step without success yields. An episode
+            with no larger reward has failed, and is taken to go on for ever as it was on average:
+            mean reward / (1 - discount).
 
     Returns [N] float32. A dense episode's sum stops where a time limit cut it, so that with
     negative rewards the bound is too high there.
@@ -195,9 +196,10 @@ def return_to_go(
         sums[row] = future
     if failure_reward is not None:
         starts = np.flatnonzero(np.r_[True, ends[:-1]])
-        failed = np.logical_and.reduceat(rewards == failure_reward, starts)
-        failed_rows = np.repeat(failed, np.diff(np.r_[starts, len(rewards)]))
-        sums[failed_rows] = failure_reward / (1.0 - discount)
+        lengths = np.diff(np.r_[starts, len(rewards)])
+        failed = np.repeat(np.maximum.reduceat(rewards, starts) <= failure_reward, lengths)
+        means = np.repeat(np.add.reduceat(rewards, starts, dtype=np.float64) / lengths, lengths)
+        sums[failed] = means[failed] / (1.0 - discount)
     return sums.astype(np.float32)
 
 

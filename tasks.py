@@ -54,8 +54,8 @@ class Task:
         observation_dim, action_dim: sizes S and A of the two spaces.
         max_episode_steps: the time limit, in steps.
         action_scale: [A], the environment's largest actions.
-        failure_reward: the reward of every step of a sparse task's failed episode; None in tasks
-            with dense rewards.
+        failure_reward: the largest reward of a step without success, if the task is sparse; None
+            in tasks with dense rewards.
         has_goal: whether an episode can succeed.
         is_locomotion: whether `normalize_reward` applies.
         physics: the simulator, in a phrase.

@@ -128,8 +128,9 @@ def brute_returns(rewards, ends, discount, failure_reward=None) -> list[float]:
             first -= 1
         while not ends[last]:
             last += 1
-        if failure_reward is not None and set(rewards[first : last + 1]) == {failure_reward}:
-            returns.append(failure_reward / (1 - discount))
+        episode = [float(reward) for reward in rewards[first : last + 1]]
+        if failure_reward is not None and max(episode) <= failure_reward:
+            returns.append(sum(episode) / len(episode) / (1 - discount))
         else:
             steps = range(last - row + 1)
             returns.append(sum(discount**step * float(rewards[row + step]) for step in steps))
