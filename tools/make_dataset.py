@@ -1,8 +1,13 @@
-"""Make a D4RL dataset for a maze task, by D4RL's published recipes.
+"""Make a dataset for a task of D4RL's or OGBench's, by their published recipes.
 
     python tools/make_dataset.py antmaze-umaze-v2 --transitions 200000 --seed 0
+    python tools/make_dataset.py cube-single-play-singletask-v0 --transitions 200000 --seed 0
 
-The file has D4RL's HDF5 layout, one row per transition, with the state before the action:
+Row i depends on the task, the seed and i alone, apart from the last row's end: a short file is the
+beginning of a longer one, and the number of worker processes does not matter.
+
+For D4RL's mazes the file has D4RL's HDF5 layout, a row per transition, with the state before the
+action:
 
     observations (N, 29 or 4), actions (N, 8 or 2), rewards (N,)              float32
     terminals (N,), timeouts (N,)                                             bool
@@ -30,8 +35,17 @@ maze2d: D4RL's `WaypointController`, with action noise of 0.5, leads a point fro
 the next. A timeout is set where a cell has been reached, and at the task's time limit; nothing is
 terminal. The point goes on from there, and starts anew every 10,000 transitions.
 
-Row i depends on the task, the seed and i alone, apart from the last row's timeout: a short file is
-the beginning of a longer one, and the number of worker processes does not matter.
+For OGBench's tasks the file has OGBench's .npz layout: observations, actions, qpos and qvel (the
+simulator's state) in float32, and terminals, true in the last row of a recording. It serves all
+tasks of its environment, which pay its rows each by their own goal. A recording has 1,001 rows.
+
+pointmaze: OGBench's maze oracle leads the point, with action noise of 0.5, from a random cell to
+one turning or dead end after another (navigate), or, in 201 rows, to a cell four steps away
+(stitch).
+
+cube: OGBench's cube oracles carry one cube after another to a random place, or on to another cube:
+by a plan with smooth noise (play), or by the state, with action noise of up to 0.1 for positions
+and every tenth action random (noisy).
 """
 
 from __future__ import annotations
@@ -39,8 +53,10 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import io
+import json
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
@@ -115,6 +131,7 @@ class AntMaze:
     """The walking ant in the maze of one task."""
 
     noise = 0.2  # standard deviation, as in D4RL's recipe
+    layout, config, packages = "hdf5", "antmaze", "d4rl"
 
     def __init__(self, task: str):
         self.env = d4rl_compat.make(task)
@@ -208,6 +225,7 @@ class PointMaze:
     """D4RL's waypoint controller in the maze of one task."""
 
     noise = 0.5  # standard deviation, as in D4RL's recipe
+    layout, config, packages = "hdf5", "quickstart", "d4rl"
 
     def __init__(self, task: str):
         self.env = d4rl_compat.make(task)
@@ -257,21 +275,147 @@ class PointMaze:
         return rng.choice(cells[(cells != np.round(here)).any(axis=1)])
 
 
+# ------------------------------------------------------------------------------------ OGBench
+
+
+class OGBench:
+    """One of OGBench's environments, in which its oracles act without an end at the goal."""
+
+    layout, config, packages = "npz", "ogbench", "mujoco ogbench"
+
+    def __init__(self, task: str, length: int, **options: Any):
+        from tasks import import_for, silence
+
+        family, self.data = task.partition("-singletask")[0].rsplit("-", 1)
+        gymnasium, _ = import_for(task, "ogbench")
+        options |= {"terminate_at_goal": False, "max_episode_steps": length}
+        with silence():
+            self.env = gymnasium.make(f"{family}-v0", disable_env_checker=True, **options)
+            self.env.reset()
+        self.simulation = self.env.unwrapped
+
+    def rollout(self, seeds: np.random.SeedSequence) -> Rows:
+        """One recording."""
+        seed = int(seeds.generate_state(1)[0])
+        np.random.seed(seed)  # the oracles draw from it, and the mazes
+        self.simulation.action_space.seed(seed)
+        self.rng = np.random.default_rng(seeds)
+        observation, info = self.begin(seed)
+        steps, done = [], False
+        while not done:
+            action = self.act(observation, info)
+            next_observation, _, _, done, info = self.env.step(action)
+            steps.append((observation, action, info["prev_qpos"], info["prev_qvel"]))
+            observation = next_observation
+        names = "observations", "actions", "qpos", "qvel"
+        rows = {name: np.asarray(x, np.float32) for name, x in zip(names, zip(*steps))}
+        return rows | {"terminals": np.arange(len(steps)) == len(steps) - 1}
+
+
+class OGBenchPoint(OGBench):
+    """The maze oracle, from cell to cell."""
+
+    noise = 0.5  # standard deviation, as in OGBench's recipe
+
+    def __init__(self, task: str):
+        super().__init__(task, length=201 if "stitch" in task else 1001)
+        walls = self.simulation.maze_map == 1
+        self.cells = [tuple(cell) for cell in np.argwhere(~walls).tolist()]
+        self.turnings = [(i, j) for i, j in self.cells if not self._is_hallway(walls, i, j)]
+
+    def begin(self, seed: int) -> tuple[np.ndarray, dict]:
+        start, ends = self._pick(self.cells), self.turnings
+        if self.data == "stitch":
+            xy = self.simulation.ij_to_xy(start)
+            _, distances = self.simulation.get_oracle_subgoal(xy, xy)
+            ends = [cell for cell in self.cells if distances[cell] == 4] or [start]
+        task = {"init_ij": start, "goal_ij": self._pick(ends)}
+        return self.env.reset(seed=seed, options={"task_info": task})
+
+    def act(self, observation: np.ndarray, info: dict) -> np.ndarray:
+        maze = self.simulation
+        if self.data == "navigate" and info.get("success"):
+            maze.set_goal(self._pick(self.turnings))
+        subgoal, _ = maze.get_oracle_subgoal(maze.get_xy(), maze.cur_goal_xy)
+        direction = subgoal - maze.get_xy()
+        return noisy(direction / (np.linalg.norm(direction) + 1e-6), self.noise, self.rng)
+
+    def _pick(self, cells: list[Cell]) -> Cell:
+        return cells[self.rng.integers(len(cells))]
+
+    @staticmethod
+    def _is_hallway(walls: np.ndarray, i: int, j: int) -> bool:
+        across, along = walls[[i - 1, i + 1], j], walls[i, [j - 1, j + 1]]
+        return across.all() and not along.any() or along.all() and not across.any()
+
+
+class OGBenchCubes(OGBench):
+    """The cube oracles, from one random target to the next."""
+
+    noise = 0.1  # of the plan's positions, and the largest of the actions; as in OGBench's recipe
+    stacking = {  # range of an episode's probability that a target is on another cube
+        "single": (0.0, 0.0),
+        "double": (0.0, 0.25),
+        "triple": (0.05, 0.35),
+        "quadruple": (0.1, 0.5),
+        "octuple": (0.0, 0.35),
+    }
+
+    def __init__(self, task: str):
+        super().__init__(task, length=1001, mode="data_collection")
+        if self.data == "play":
+            from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle as Oracle
+        else:
+            from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle as Oracle
+        self.oracle = Oracle(env=self.env)
+        self.p_stack_range = self.stacking[task.split("-")[1]]
+
+    def begin(self, seed: int) -> tuple[np.ndarray, dict]:
+        self.p_stack = self.rng.uniform(*self.p_stack_range)
+        self.deviation = self.rng.uniform(0, self.noise) * np.array([1, 1, 1, 3, 10])
+        start = self.env.reset(seed=seed)
+        self.oracle.reset(*start)
+        return start
+
+    def act(self, observation: np.ndarray, info: dict) -> np.ndarray:
+        if self.oracle.done:
+            observation, info = self.simulation.set_new_target(p_stack=self.p_stack)
+            self.oracle.reset(observation, info)
+        if self.data == "play":
+            return noisy(self.oracle.select_action(observation, info), 0.0, self.rng)
+        if self.rng.random() < 0.1:
+            return self.rng.uniform(-1, 1, 5).astype(np.float32)
+        return noisy(self.oracle.select_action(observation, info), self.deviation, self.rng)
+
+
 # ------------------------------------------------------------------------------- all the tasks
 
 ANT_MAZES = "umaze umaze-diverse medium-play medium-diverse large-play large-diverse"
+OGBENCH_POINT_MAZES = "medium large giant teleport"
 RECIPES = {f"maze2d-{maze}-v1": PointMaze for maze in ("umaze", "medium", "large")}
 RECIPES |= {f"antmaze-{maze}-v2": AntMaze for maze in ANT_MAZES.split()}
+for data in ("navigate", "stitch"):
+    names = (f"pointmaze-{maze}-{data}-singletask-v0" for maze in OGBENCH_POINT_MAZES.split())
+    RECIPES |= dict.fromkeys(names, OGBenchPoint)
+for data in ("play", "noisy"):
+    names = (f"cube-{cubes}-{data}-singletask-v0" for cubes in OGBenchCubes.stacking)
+    RECIPES |= dict.fromkeys(names, OGBenchCubes)
 
-_maze: AntMaze | PointMaze  # one in each worker process
+
+def recipe_of(task: str) -> Any:
+    """The class in RECIPES for that task; OGBench's task1 to task5 share their data."""
+    return RECIPES.get(re.sub("-task[1-5]-", "-", task))
+
+
+_recipe: Any  # one in each worker process
 _stopped = threading.Event()  # set by a signal to the parent process
 
 
 def _start_worker(task: str) -> None:
-    global _maze
+    global _recipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers,
     threading.Thread(target=_end_with_parent, daemon=True).start()  # even when it is killed
-    _maze = RECIPES[task](task)
+    _recipe = recipe_of(task)(task)
 
 
 def _end_with_parent() -> None:
@@ -280,7 +424,7 @@ def _end_with_parent() -> None:
 
 
 def _rollout(seed: int, index: int) -> Rows:
-    return _maze.rollout(np.random.SeedSequence((seed, index)))
+    return _recipe.rollout(np.random.SeedSequence((seed, index)))
 
 
 def rollouts(task: str, seed: int, workers: int) -> Iterator[Rows]:
@@ -299,59 +443,78 @@ def rollouts(task: str, seed: int, workers: int) -> Iterator[Rows]:
         pool.shutdown(cancel_futures=True)
 
 
+def to_hdf5(rows: Rows, about: dict[str, Any]) -> memoryview:
+    """A file in D4RL's layout, in memory first, because HDF5 crashes on a full disk."""
+    rows["timeouts"][-1] = not rows["terminals"][-1]
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
+        for name, array in rows.items():
+            file.create_dataset(name, data=array, compression="gzip", shuffle=True)
+        # Attributes, because D4RL's `sequence_dataset` takes every array for one of transitions.
+        file.create_group("metadata").attrs.update(about)
+    return image.getbuffer()
+
+
+def to_npz(rows: Rows, about: dict[str, Any]) -> memoryview:
+    """A file in OGBench's layout, and with `about` as JSON, which OGBench overlooks."""
+    rows["terminals"][-1] = True
+    image = io.BytesIO()
+    np.savez_compressed(image, **rows, metadata=json.dumps(about))
+    return image.getbuffer()
+
+
+LAYOUTS = {"hdf5": to_hdf5, "npz": to_npz}
+
+
 def write_dataset(path: Path, task: str, transitions: int, seed: int, workers: int) -> None:
     """Write a dataset of `task` to `path`, all at once when it is whole.
 
-    Raises OSError where that fails (in memory first, because HDF5 crashes on a full disk), and
-    KeyboardInterrupt after a signal.
+    Raises OSError where that fails, and KeyboardInterrupt after a signal.
     """
-    image, row = io.BytesIO(), 0
-    with h5py.File(image, "w") as file, tqdm(total=transitions, mininterval=1, unit="row") as bar:
+    recipe, parts, missing = recipe_of(task), [], transitions
+    with tqdm(total=transitions, mininterval=1, unit="row") as bar:
         for rows in rollouts(task, seed, workers):
             if _stopped.is_set():
                 raise KeyboardInterrupt
-            size = min(len(rows["rewards"]), transitions - row)
-            for name, array in rows.items():
-                if row == 0:
-                    shape = (transitions, *array.shape[1:])
-                    file.create_dataset(name, shape, array.dtype, compression="gzip", shuffle=True)
-                file[name][row : row + size] = array[:size]
-            row += size
+            parts.append({name: array[:missing] for name, array in rows.items()})
+            size = len(parts[-1]["terminals"])
+            missing -= size
             bar.update(size)
-            if row == transitions:
+            if missing == 0:
                 break
-        file["timeouts"][-1] = not file["terminals"][-1]
-        # Attributes, because D4RL's `sequence_dataset` takes every array for one of transitions.
-        file.create_group("metadata").attrs.update(
-            command=f"tools/make_dataset.py {task} --transitions {transitions} --seed {seed}",
-            recipe=__doc__,
-            task=task,
-            seed=seed,
-            action_noise=RECIPES[task].noise,
-            physics=d4rl_compat.PHYSICS,
-            d4rl=importlib.metadata.version("d4rl"),
-            numpy=np.__version__,
-        )
+    about = dict(
+        command=f"tools/make_dataset.py {task} --transitions {transitions} --seed {seed}",
+        recipe=__doc__,
+        task=task,
+        seed=seed,
+        action_noise=recipe.noise,
+        physics=d4rl_compat.PHYSICS,
+        numpy=np.__version__,
+    )
+    about |= {name: importlib.metadata.version(name) for name in recipe.packages.split()}
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(image.getbuffer())
+        part.write_bytes(LAYOUTS[recipe.layout](rows, about))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def summary(path: Path, task: str) -> str:
-    """What is in the finished file, and the command line that trains on it."""
-    with h5py.File(path) as file:
-        rewards = file["rewards"][:]
-        ends = np.flatnonzero(file["terminals"][:] | file["timeouts"][:]) + 1
-    returns = np.add.reduceat(rewards, np.r_[0, ends[:-1]])
-    config = "quickstart" if RECIPES[task] is PointMaze else "antmaze"
+def summary(path: Path, name: str) -> str:
+    """What the training script finds in the finished file, and the command line that does so."""
+    import tasks
+
+    task, recipe = tasks.make(name), recipe_of(name)
+    rows = task.rows(path)
+    ends = rows["timeouts"] | (rows["terminals"] & (recipe.layout == "hdf5"))
+    starts = np.flatnonzero(np.r_[True, ends[:-1]])
+    solved = np.maximum.reduceat(rows["rewards"], starts) > task.failure_reward
     return (
-        f"{path}: {len(rewards):,} transitions, {path.stat().st_size / 1e6:.1f} MB\n"
-        f"{len(ends):,} episodes, {len(rewards) / len(ends):.0f} transitions long on average; "
-        f"{np.mean(returns > 0):.1%} of them reach the task's goal\n"
-        f"Train on it: python cal_ql.py --config_path configs/{config}.yaml --env {task} "
+        f"{path}: {len(ends):,} transitions, {path.stat().st_size / 1e6:.1f} MB\n"
+        f"{len(starts):,} episodes, {len(ends) / len(starts):.0f} transitions long on average; "
+        f"{np.mean(solved):.1%} of them reach the task's goal\n"
+        f"Train on it: python cal_ql.py --config_path configs/{recipe.config}.yaml --env {name} "
         f"--dataset_path {shlex.quote(str(path))}"
     )
 
@@ -372,10 +535,10 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("--transitions", type=int, default=1_000_000, metavar="N", help="default: 1000000")
     option("--seed", type=int, default=0, metavar="S", help="default: 0")
-    option("--output", type=Path, metavar="PATH", help="default: datasets/TASK-N-seedS.hdf5")
+    option("--output", type=Path, metavar="PATH", help="default: datasets/TASK-N-seedS.SUFFIX")
     option("--workers", type=int, default=os.cpu_count() or 1, help="default: one per core")
     args = parser.parse_args()
-    if args.task not in RECIPES:
+    if not (recipe := recipe_of(args.task)):
         parser.error(f"no recipe for {args.task!r}; there is one for {', '.join(RECIPES)}")
     for name, least, most in (
         ("transitions", 1, 2**40),
@@ -385,7 +548,7 @@ def parse_arguments() -> argparse.Namespace:
         if not least <= getattr(args, name) <= most:
             parser.error(f"--{name} must be {least} to {most}, not {getattr(args, name)}")
     if args.output is None:
-        name = f"{args.task}-{args.transitions}-seed{args.seed}.hdf5"
+        name = f"{args.task}-{args.transitions}-seed{args.seed}.{recipe.layout}"
         args.output = Path(os.path.relpath(ROOT / "datasets" / name))
     if not args.output.parent.is_dir():
         parser.error(f"there is no directory {args.output.parent}")
@@ -393,7 +556,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"cannot write to {args.output.parent}")
     if args.output.exists():
         parser.error(f"{args.output} exists; choose another --output")
-    if RECIPES[args.task] is AntMaze and not WALKER.is_file():
+    if recipe is AntMaze and not WALKER.is_file():
         parser.error(f"{WALKER}, the ant's walking policy, is missing")
     return args
 
