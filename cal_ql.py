@@ -124,7 +124,7 @@ class Config:
     is_sparse_reward: bool = False  # A failed episode is taken to go on failing for ever
     mixing_ratio: float = 0.5  # Share of offline data in the online phase's batches
     online_utd_ratio: int = 1  # Updates per environment step in the online phase
-    dataset_path: Optional[str] = None  # File of the task's data; null is the published one
+    dataset_path: Optional[str] = None  # File or folder of the task's data; null is the published
 
     log_freq: int = 1000  # Steps over which metrics are averaged before they are logged
     project: str = "CORL"  # Weights & Biases project
@@ -887,12 +887,13 @@ def identity(config: Config) -> dict[str, Any]:
     """What makes two commands the same run: the options that change what is learned.
 
     Only what differs from the defaults counts, so that new options leave old runs their names.
-    The dataset counts by its file's name and size, wherever it lies.
+    The dataset counts by its file's or folder's name and size, wherever it lies.
     """
     options, default = dict(vars(config)), vars(Config())
     if config.dataset_path is not None:
         path = Path(config.dataset_path)
-        options["dataset_path"] = [path.name, path.stat().st_size]
+        files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+        options["dataset_path"] = [path.name, sum(file.stat().st_size for file in files)]
     free = WHERE_AND_HOW_FAST
     return {k: v for k, v in options.items() if k not in free and v != default[k]}
 
