@@ -262,7 +262,6 @@ def load_dataset(
         raise InputError(f"is_sparse_reward: found true, expected false: {config.env} is dense")
     rows = task.rows(path)
     ends, cut = tasks.episode_ends(rows, task.max_episode_steps)
-    cut[-1] |= not rows["terminals"][-1]
     if config.buffer_size < (n := np.count_nonzero(~cut)):
         found = f"buffer_size: found {config.buffer_size}, expected at least"
         raise InputError(f"{found} the {n} transitions of {path}")
@@ -729,11 +728,11 @@ def play_episode(task: Task, actor: Actor, scaling: Scaling, seed: int, explore:
     return Episode(np.stack(observations), np.stack(actions), rewards, terminal, success, score)
 
 
-def start_worker(env_name: str) -> None:
+def start_worker(*task: Optional[str]) -> None:
     """Begin a process that plays evaluation episodes: it ends with its parent alone."""
     global worker_task
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    worker_task = tasks.make(env_name)
+    worker_task = tasks.make(*task)
 
 
 def play_in_worker(actor: bytes, scaling: Scaling, seed: int) -> Episode:
@@ -763,7 +762,7 @@ class Evaluator:
             return [play_episode(self.task, actor, scaling, seed, explore=False) for seed in seeds]
         if self.pool is None:
             context = multiprocessing.get_context("spawn")  # a fork would copy threads and CUDA
-            start = start_worker, (self.config.env,)
+            start = start_worker, (self.config.env, self.config.dataset_path)
             self.pool = ProcessPoolExecutor(self.n_workers, context, *start)
         packed = pickle.dumps(actor)  # as bytes: tensors would go through shared memory
         try:
@@ -887,11 +886,12 @@ def identity(config: Config) -> dict[str, Any]:
     """What makes two commands the same run: the options that change what is learned.
 
     Only what differs from the defaults counts, so that new options leave old runs their names.
-    The dataset counts by its file's or folder's name and size, wherever it lies.
+    The dataset counts by its file's or folder's name and size, wherever it lies. Of
+    Minari's root folder that is the task's own part.
     """
     options, default = dict(vars(config)), vars(Config())
     if config.dataset_path is not None:
-        path = Path(config.dataset_path)
+        path = Path(config.dataset_path, config.env if "/" in config.env else "")
         files = [file for file in (path, *path.rglob("*")) if file.is_file()]
         options["dataset_path"] = [path.name, sum(file.stat().st_size for file in files)]
     free = WHERE_AND_HOW_FAST
@@ -1142,7 +1142,7 @@ def start(config: Config, stop: StopSignals) -> None:
     with everything saved that can be.
     """
     with stop.at_once():
-        device, task = resolve_device(config), tasks.make(config.env)
+        device, task = resolve_device(config), tasks.make(config.env, config.dataset_path)
         run = Run(config, device, task, task.data_file(config.dataset_path))
         log = Log(config, run.directory, run.step)
     patience = 1.0  # seconds for W&B's last records, when there is a hurry
