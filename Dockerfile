@@ -22,6 +22,8 @@ ENV HOME=/tmp \
     PYTHONUNBUFFERED=1 \
     WANDB_DIR=/data \
     D4RL_DATASET_DIR=/data/datasets \
+    MINARI_DATASETS_PATH=/data/minari \
+    OGBENCH_DATASET_DIR=/data/ogbench \
     MUJOCO_GL=osmesa \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics
 RUN useradd --uid 1000 --home-dir /tmp --no-create-home calql && install -d -m 1777 /data

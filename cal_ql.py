@@ -886,8 +886,8 @@ def identity(config: Config) -> dict[str, Any]:
     """What makes two commands the same run: the options that change what is learned.
 
     Only what differs from the defaults counts, so that new options leave old runs their names.
-    The dataset counts by its file's or folder's name and size, wherever it lies. Of
-    Minari's root folder that is the task's own part.
+    The dataset counts by its file's or folder's name and size, wherever it lies; of
+    Minari's root folder, the dataset of `env` alone.
     """
     options, default = dict(vars(config)), vars(Config())
     if config.dataset_path is not None:

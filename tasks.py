@@ -506,6 +506,10 @@ class Minari(GymnasiumTask):
     def read(self, reader: Callable[..., Any], *args: Any) -> Any:
         try:
             return reader(*args)
+        except MemoryError as error:
+            raise InputError(
+                f"dataset {self.folder}: too little memory to read it ({error})"
+            ) from None
         except Exception as error:  # h5py, json and Minari raise whatever they meet
             raise InputError(
                 f"dataset {self.folder}: not a whole Minari dataset ({error}); delete it and "

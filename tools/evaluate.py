@@ -31,7 +31,7 @@ def load_policy(run: Path) -> tuple[cal_ql.Config, cal_ql.Task, cal_ql.Actor, ca
         raise runs.InputError(f"{run} has no checkpoint_<step>.pt; is it a run directory?")
     state = runs.load_checkpoint(found[-1], torch.device("cpu"))
     config = cal_ql.Config(**state["config"])
-    task = tasks.make(config.env)
+    task = tasks.make(config.env, config.dataset_path)
     print(f"{found[-1]}, on {task.physics}")
     actor = cal_ql.Actor(task.observation_dim, task.action_dim, config)
     prefix = "actor."
