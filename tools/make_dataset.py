@@ -1,4 +1,4 @@
-"""Make a dataset for a task of D4RL's or OGBench's, by their published recipes.
+"""Make a dataset for a task of D4RL's, Minari's or OGBench's, by their published recipes.
 
     python tools/make_dataset.py antmaze-umaze-v2 --transitions 200000 --seed 0
     python tools/make_dataset.py cube-single-play-singletask-v0 --transitions 200000 --seed 0
@@ -35,6 +35,13 @@ maze2d: D4RL's `WaypointController`, with action noise of 0.5, leads a point fro
 the next. A timeout is set where a cell has been reached, and at the task's time limit; nothing is
 terminal. The point goes on from there, and starts anew every 10,000 transitions.
 
+D4RL/pointmaze: the same controller and noise in Minari's copy of these mazes, from goal to goal.
+Where the point is within 0.45 of the goal, it is paid 1, the episode is truncated and the goal
+moves on. The point goes on from there, so that an episode's first observation has the goal of the
+one before, and starts anew every 10,000 transitions. The reference scores are those of random
+actions and of the controller. --output is Minari's root folder (default: datasets/minari), and the
+dataset, in Minari's own layout, a folder in it, where there is none such yet.
+
 For OGBench's tasks the file has OGBench's .npz layout: observations, actions, qpos and qvel (the
 simulator's state) in float32, and terminals, true in the last row of a recording. It serves all
 tasks of its environment, which pay its rows each by their own goal. A recording has 1,001 rows.
@@ -60,6 +67,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -275,6 +283,70 @@ class PointMaze:
         return rng.choice(cells[(cells != np.round(here)).any(axis=1)])
 
 
+class MinariPoint(PointMaze):
+    """The same controller in Minari's copy of a maze; cells are continuous coordinates here."""
+
+    layout, packages = "minari", "d4rl gymnasium-robotics minari"
+    goals = {"open": (2, 3), "umaze": (1, 1), "medium": (6, 6), "large": (7, 9)}  # for evaluation
+
+    def __init__(self, task: str):
+        from tasks import import_for, silence
+
+        d4rl_compat.make("maze2d-open-v0")  # which imports D4RL without its messages
+        gymnasium, _ = import_for(task, "gymnasium_robotics")
+        name = task.split("/")[-1].removesuffix("-v2")
+        env = f"PointMaze_{'UMaze' if name == 'umaze' else name.title()}-v3"
+        with silence():
+            options = {"disable_env_checker": True, "continuing_task": True}
+            self.env = gymnasium.make(env, reset_target=True, max_episode_steps=10**6, **options)
+            self.maze = self.env.unwrapped.maze
+            cells = [list(row) for row in self.maze.maze_map]
+            row, column = self.goals[name]
+            cells[row][column] = "g"
+            self.eval_env = gymnasium.make(env, maze_map=cells, **options)
+        self.q_values: dict[bytes, np.ndarray] = {}
+
+    def rollout(self, seeds: np.random.SeedSequence) -> Rows:
+        """POINT_TRAJECTORY transitions, with many episodes on the way."""
+        rng = np.random.default_rng(seeds)
+        seed = int(seeds.generate_state(1)[0])
+        observation, _ = self.env.reset(seed=seed)
+        act, steps = self.policy(seed), []
+        while len(steps) < POINT_TRAJECTORY:
+            now = observation | {"desired_goal": self.env.unwrapped.goal}
+            action = noisy(act(now), self.noise, rng)
+            next_observation, reward, _, _, info = self.env.step(action)
+            arrays = {f"observations/{key}": value for key, value in observation.items()}
+            arrays |= {f"next/{key}": value for key, value in next_observation.items()}
+            ends = {"terminals": False, "timeouts": info["success"]}
+            steps.append({**arrays, "actions": action, "rewards": reward, **ends})
+            observation = next_observation
+        steps[-1]["timeouts"] = True
+        return {name: np.array([step[name] for step in steps]) for name in steps[0]}
+
+    def policy(self, seed: int) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+        """The controller as a function of Minari's observations."""
+        from d4rl.pointmaze.waypoint_controller import WaypointController, q_iteration
+
+        np.random.seed(seed)  # the controller's own source of randomness
+        marks = {1: "#", 0: "O"}
+        rows = ("".join(marks[cell] for cell in row) for row in self.maze.maze_map)
+        controller = WaypointController("\\".join(rows))
+        search = self._once_per_target(q_iteration.q_iteration)
+
+        def cell(xy: np.ndarray) -> np.ndarray:
+            return np.array([self.maze.y_map_center - xy[1], xy[0] + self.maze.x_map_center]) - 0.5
+
+        def act(observation: dict[str, np.ndarray]) -> np.ndarray:
+            here, goal = cell(observation["achieved_goal"]), cell(observation["desired_goal"])
+            velocity = observation["observation"][2:]
+            with mock.patch.object(q_iteration, "q_iteration", search):
+                action, _ = controller.get_action(here, velocity[::-1] * (-1, 1), goal)
+            return np.array([action[1], -action[0]], np.float32)
+
+        return act
+
+
 # ------------------------------------------------------------------------------------ OGBench
 
 
@@ -394,6 +466,7 @@ ANT_MAZES = "umaze umaze-diverse medium-play medium-diverse large-play large-div
 OGBENCH_POINT_MAZES = "medium large giant teleport"
 RECIPES = {f"maze2d-{maze}-v1": PointMaze for maze in ("umaze", "medium", "large")}
 RECIPES |= {f"antmaze-{maze}-v2": AntMaze for maze in ANT_MAZES.split()}
+RECIPES |= {f"D4RL/pointmaze/{maze}-v2": MinariPoint for maze in MinariPoint.goals}
 for data in ("navigate", "stitch"):
     names = (f"pointmaze-{maze}-{data}-singletask-v0" for maze in OGBENCH_POINT_MAZES.split())
     RECIPES |= dict.fromkeys(names, OGBenchPoint)
@@ -443,8 +516,8 @@ def rollouts(task: str, seed: int, workers: int) -> Iterator[Rows]:
         pool.shutdown(cancel_futures=True)
 
 
-def to_hdf5(rows: Rows, about: dict[str, Any]) -> memoryview:
-    """A file in D4RL's layout, in memory first, because HDF5 crashes on a full disk."""
+def to_hdf5(path: Path, rows: Rows, about: dict[str, Any]) -> None:
+    """Write a file in D4RL's layout, in memory first, because HDF5 crashes on a full disk."""
     rows["timeouts"][-1] = not rows["terminals"][-1]
     image = io.BytesIO()
     with h5py.File(image, "w") as file:
@@ -452,18 +525,55 @@ def to_hdf5(rows: Rows, about: dict[str, Any]) -> memoryview:
             file.create_dataset(name, data=array, compression="gzip", shuffle=True)
         # Attributes, because D4RL's `sequence_dataset` takes every array for one of transitions.
         file.create_group("metadata").attrs.update(about)
-    return image.getbuffer()
+    path.write_bytes(image.getbuffer())
 
 
-def to_npz(rows: Rows, about: dict[str, Any]) -> memoryview:
-    """A file in OGBench's layout, and with `about` as JSON, which OGBench overlooks."""
+def to_npz(path: Path, rows: Rows, about: dict[str, Any]) -> None:
+    """Write a file in OGBench's layout, and with `about` as JSON, which OGBench overlooks."""
     rows["terminals"][-1] = True
     image = io.BytesIO()
     np.savez_compressed(image, **rows, metadata=json.dumps(about))
-    return image.getbuffer()
+    path.write_bytes(image.getbuffer())
 
 
-LAYOUTS = {"hdf5": to_hdf5, "npz": to_npz}
+def to_minari(path: Path, rows: Rows, about: dict[str, Any]) -> None:
+    """Write the folder of a Minari dataset, with an episode up to each timeout."""
+    from tasks import import_for, silence
+
+    task = about["task"]
+    _, minari = import_for(task, "minari")
+    recipe, episodes = recipe_of(task)(task), []
+    rows["timeouts"][-1] = True
+    starts = np.flatnonzero(np.r_[True, rows["timeouts"][:-1]])
+    for part in np.split(np.arange(len(rows["timeouts"])), starts[1:]):
+        observations = {
+            key: np.append(rows[f"observations/{key}"][part], rows[f"next/{key}"][part[-1:]], 0)
+            for key in recipe.env.observation_space
+        }
+        columns = {
+            "actions": rows["actions"][part],
+            "rewards": rows["rewards"][part],
+            "terminations": rows["terminals"][part],
+            "truncations": rows["timeouts"][part],
+        }
+        buffer = minari.data_collector.episode_buffer.EpisodeBuffer
+        episodes.append(buffer(observations=observations, **columns))
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".minari-") as root, silence():
+        with mock.patch.dict(os.environ, MINARI_DATASETS_PATH=root):
+            dataset = minari.create_dataset_from_buffers(
+                task,
+                episodes,
+                env=recipe.env,
+                eval_env=recipe.eval_env,
+                expert_policy=recipe.policy(0),
+                algorithm_name="D4RL's WaypointController",
+                description=about["recipe"],
+            )
+        dataset.storage.update_metadata({"made_by": about})
+        Path(root, task).replace(path)
+
+
+LAYOUTS = {"hdf5": to_hdf5, "npz": to_npz, "minari": to_minari}
 
 
 def write_dataset(path: Path, task: str, transitions: int, seed: int, workers: int) -> None:
@@ -495,7 +605,7 @@ def write_dataset(path: Path, task: str, transitions: int, seed: int, workers: i
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(LAYOUTS[recipe.layout](rows, about))
+        LAYOUTS[recipe.layout](part, rows, about)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -505,17 +615,20 @@ def summary(path: Path, name: str) -> str:
     """What the training script finds in the finished file, and the command line that does so."""
     import tasks
 
-    task, recipe = tasks.make(name), recipe_of(name)
+    data = path.parents[name.count("/")] if "/" in name else path  # of Minari's, the root folder
+    task, recipe = tasks.make(name, data), recipe_of(name)
     rows = task.rows(path)
-    ends = rows["timeouts"] | (rows["terminals"] & (recipe.layout == "hdf5"))
+    ends = rows["truncations"] if recipe.layout == "minari" else rows["timeouts"]
+    ends = ends | (rows["terminals"] & (recipe.layout == "hdf5"))
+    size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
     starts = np.flatnonzero(np.r_[True, ends[:-1]])
     solved = np.maximum.reduceat(rows["rewards"], starts) > task.failure_reward
     return (
-        f"{path}: {len(ends):,} transitions, {path.stat().st_size / 1e6:.1f} MB\n"
+        f"{path}: {len(ends):,} transitions, {size / 1e6:.1f} MB\n"
         f"{len(starts):,} episodes, {len(ends) / len(starts):.0f} transitions long on average; "
         f"{np.mean(solved):.1%} of them reach the task's goal\n"
         f"Train on it: python cal_ql.py --config_path configs/{recipe.config}.yaml --env {name} "
-        f"--dataset_path {shlex.quote(str(path))}"
+        f"--dataset_path {shlex.quote(str(data))}"
     )
 
 
@@ -549,13 +662,15 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} must be {least} to {most}, not {getattr(args, name)}")
     if args.output is None:
         name = f"{args.task}-{args.transitions}-seed{args.seed}.{recipe.layout}"
+        name = "minari" if recipe.layout == "minari" else name
         args.output = Path(os.path.relpath(ROOT / "datasets" / name))
     if not args.output.parent.is_dir():
         parser.error(f"there is no directory {args.output.parent}")
     if not os.access(args.output.parent, os.W_OK):
         parser.error(f"cannot write to {args.output.parent}")
-    if args.output.exists():
-        parser.error(f"{args.output} exists; choose another --output")
+    args.path = args.output / args.task if recipe.layout == "minari" else args.output
+    if args.path.exists():
+        parser.error(f"{args.path} exists; choose another --output")
     if recipe is AntMaze and not WALKER.is_file():
         parser.error(f"{WALKER}, the ant's walking policy, is missing")
     return args
@@ -566,14 +681,15 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # an exception could be lost in a destructor
         signal.signal(number, lambda *_: _stopped.set())
     try:
-        write_dataset(args.output, args.task, args.transitions, args.seed, args.workers)
+        args.path.parent.mkdir(parents=True, exist_ok=True)
+        write_dataset(args.path, args.task, args.transitions, args.seed, args.workers)
     except KeyboardInterrupt:
         print("interrupted; nothing was saved", file=sys.stderr)
         return 130
     except OSError as error:
         print(f"cannot write {args.output}: {error}", file=sys.stderr)
         return 1
-    print(summary(args.output, args.task))
+    print(summary(args.path, args.task))
     return 0
 
 
