@@ -24,7 +24,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
@@ -151,19 +151,12 @@ class Task:
         """The arrays of a file in D4RL's layout, one row per step, checked.
 
         Returns observations [N, S], actions [N, A] in [-1, 1] and rewards [N] in float32,
-        terminals [N] in bool; where the file has them, next_observations [N, S] and timeouts [N].
+        terminals [N] in bool; where the file has them, next_observations [N, S] and timeouts [N],
+        or, in Minari's, truncations [N] (see `episode_ends`).
         """
         keys = ["observations", "actions", "rewards", "terminals", "next_observations", "timeouts"]
-        try:
-            with h5py.File(path, "r") as file:
-                raw = {key: file[key][:] for key in keys if key in file}
-        except MemoryError as error:
-            raise InputError(f"dataset {path}: too little memory to read it ({error})") from None
-        except Exception as error:  # h5py raises whatever it meets in a broken file
-            raise InputError(
-                f"dataset {path}: not a whole HDF5 file ({error}); delete it and fetch or make it "
-                "again"
-            ) from None
+        with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
+            raw = {key: file[key][:] for key in keys if key in file}
         missing = [key for key in keys[:4] if key not in raw]
         if missing:
             raise InputError(f"dataset {path}: it lacks {', '.join(missing)}, expected {keys[:4]}")
@@ -333,9 +326,11 @@ def unpickle(path: Path) -> Any:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Keep what libraries print and warn of from the user; what they raise gets through."""
+    """Keep what libraries print, warn of and leave behind from the user; not what they raise."""
     text = io.StringIO()
     with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(tempfile, "tempdir", folder),  # where each maze's model would stay
         contextlib.redirect_stdout(text),
         contextlib.redirect_stderr(text),
         warnings.catch_warnings(),
@@ -397,6 +392,9 @@ class GymnasiumTask(Task):
 class Minari(GymnasiumTask):
     """A dataset of Minari, by its id (`D4RL/door/human-v2`), and the environment to evaluate in.
 
+    `root` (--dataset_path) is the root folder of Minari's datasets in which it lies; without it,
+    that is $MINARI_DATASETS_PATH, or else Minari's own, and what is not there is downloaded.
+
     Dicts of observations are flattened: all keys of the dataset's space, in its order. What data
     and environment disagree on goes by one rule for both:
 
@@ -414,7 +412,8 @@ class Minari(GymnasiumTask):
         self.name = name
         *_, minari = import_for(name, "gymnasium_robotics", "minari")
         self.folder = minari_folder(name, root)
-        self.dataset = self.read(minari.MinariDataset, self.folder / "data")
+        with reading(self.folder, "Minari dataset"):
+            self.dataset = minari.MinariDataset(self.folder / "data")
         if self.dataset.id != name:
             raise InputError(f"dataset {self.folder}: found {self.dataset.id}, expected {name}")
         try:
@@ -487,8 +486,11 @@ class Minari(GymnasiumTask):
     def rows(self, path: Path) -> dict[str, np.ndarray]:
         """The steps of all episodes, each with its next observation, and none left out."""
         names = "observations next_observations actions rewards terminals truncations".split()
-        episodes = self.read(lambda: [self.columns(episode) for episode in self.dataset])
-        raw = {name: np.concatenate(parts) for name, parts in zip(names, zip(*episodes))}
+        with reading(path, "Minari dataset"):
+            columns = zip(*(self.columns(episode) for episode in self.dataset))
+            raw = {
+                name: np.concatenate(of_all) for name, of_all in zip(names, columns, strict=True)
+            }
         rows = check_rows(raw, self, path)
         rows["terminals"] |= rows["rewards"] >= self.end_reward
         return rows
@@ -502,19 +504,6 @@ class Minari(GymnasiumTask):
         last = np.arange(n) == n - 1
         ends = episode.rewards, episode.terminations, last
         return observations[:-1], observations[1:], np.asarray(episode.actions), *ends
-
-    def read(self, reader: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return reader(*args)
-        except MemoryError as error:
-            raise InputError(
-                f"dataset {self.folder}: too little memory to read it ({error})"
-            ) from None
-        except Exception as error:  # h5py, json and Minari raise whatever they meet
-            raise InputError(
-                f"dataset {self.folder}: not a whole Minari dataset ({error}); delete it and "
-                "download or make it again"
-            ) from None
 
 
 def flatten(space: Any, values: Any) -> np.ndarray:
@@ -618,11 +607,7 @@ class OGBench(GymnasiumTask):
         if name not in names:
             close = ", ".join(difflib.get_close_matches(name, names)) or "none"
             raise InputError(f"env: OGBench has no task {name!r}; close matches: {close}")
-        with (
-            silence(),
-            tempfile.TemporaryDirectory() as folder,
-            mock.patch.object(tempfile, "tempdir", folder),  # where each maze is left behind
-        ):
+        with silence():
             env = gymnasium.make(names[name], disable_env_checker=True)
             # an arm's would be another one at each look, and so could not be seeded
             type(env.unwrapped).action_space = env.unwrapped.action_space
@@ -691,6 +676,19 @@ class OGBench(GymnasiumTask):
 
 
 # ---------------------------------------------------------------------------- rows
+
+
+@contextlib.contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever is raised within into `InputError`: a broken file raises what it amounts to."""
+    try:
+        yield
+    except MemoryError as error:
+        raise InputError(f"dataset {path}: too little memory to read it ({error})") from None
+    except Exception as error:
+        raise InputError(
+            f"dataset {path}: not a whole {kind} ({error}); delete it and fetch or make it again"
+        ) from None
 
 
 ENDS = "terminals", "timeouts", "truncations"
