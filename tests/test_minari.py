@@ -1,12 +1,11 @@
-"""Minari's datasets: small ones made here, for the real environments and with the published quirks.
+"""Minari: small datasets made here, in the real environments and with the published ones' quirks.
 
-Each recording goes on where Minari's does: in mazes past the goal, in the kitchen past the last
-subtask. What is expected is taken from Minari's and gymnasium's own readers.
+AntMaze goes on at the goal, the kitchen past its last subtask, PointMaze from goal to goal. What is
+expected comes from Minari's and gymnasium's own readers.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import re
@@ -16,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,107 +24,115 @@ import pytest
 import torch
 from test_cli import ROOT, cal_ql, call, error_line, kill_test, tasks
 
-gymnasium = pytest.importorskip("gymnasium")
-minari = pytest.importorskip("minari")
+gymnasium, minari = pytest.importorskip("gymnasium"), pytest.importorskip("minari")
 pytest.importorskip("gymnasium_robotics")
 
 OPEN, DOOR, CHEETAH = "D4RL/pointmaze/open-v2", "D4RL/door/human-v2", "mujoco/halfcheetah/medium-v0"
 UMAZE, MEDIUM = "D4RL/antmaze/umaze-v1", "D4RL/antmaze/medium-play-v1"
-KITCHEN = "D4RL/kitchen/mixed-v2"
-SUBTASKS = ["microwave", "kettle", "bottom burner", "light switch"]
+KITCHEN, SUBTASKS = (
+    "D4RL/kitchen/mixed-v2",
+    ["microwave", "kettle", "bottom burner", "light switch"],
+)
 ALL = [OPEN, DOOR, CHEETAH, UMAZE, KITCHEN]
-EPISODES, STEPS = 3, 12
-
-maze = functools.partial(gymnasium.make, disable_env_checker=True, continuing_task=True)
 
 
-def random_action(env: Any, observation: Any, step: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+def random_action(env: Any, step: int, observation: Any) -> np.ndarray:
+    return np.random.uniform(-1, 1, env.action_space.shape).astype(np.float32)
 
 
-def to_goal(env: Any, observation: dict, step: int, rng: np.random.Generator) -> np.ndarray:
-    """Straight to the goal."""
-    distance = observation["desired_goal"] - observation["achieved_goal"]
-    return (10 * distance - observation["observation"][2:]).clip(-1, 1).astype(np.float32)
+def to_goal(env: Any, step: int, observation: dict[str, np.ndarray]) -> np.ndarray:
+    way = observation["desired_goal"] - observation["achieved_goal"]
+    return (10 * way - observation["observation"][2:]).clip(-1, 1).astype(np.float32)
 
 
-def at_goal_for_a_while(env: Any, *rest: Any) -> np.ndarray:
-    """A random action, the ant being put to its goal in steps 4 to 6, and elsewhere in step 7."""
-    step, ant = rest[1], env.unwrapped.ant_env
+def at_goal_for_a_while(env: Any, step: int, observation: Any) -> np.ndarray:
+    """A random action, but in steps 4 to 6 from the goal, and in step 7 from far away."""
+    ant = env.unwrapped.ant_env
     if 4 <= step <= 7:
-        position = env.unwrapped.goal + (3.0 if step == 7 else 0.0)
-        ant.set_state(np.r_[position, ant.init_qpos[2:]], ant.init_qvel)
-    return random_action(env, *rest)
+        xy = env.unwrapped.goal + (3.0 if step == 7 else 0.0)
+        ant.set_state(np.r_[xy, ant.init_qpos[2:]], ant.init_qvel)
+    return random_action(env, step, observation)
 
 
-def subtask_after_subtask(env: Any, *rest: Any) -> np.ndarray:
-    """A random action, with a subtask more complete in every second step."""
+def subtask_after_subtask(env: Any, step: int, observation: Any) -> np.ndarray:
+    """A random action, with another subtask complete in every second step."""
     from gymnasium_robotics.envs.franka_kitchen import kitchen_env
 
-    step, robot = rest[1], env.unwrapped.robot_env
+    positions = env.unwrapped.robot_env.data.qpos
     for name in SUBTASKS[: step // 2]:
-        place = kitchen_env.OBS_ELEMENT_INDICES[name]
-        robot.data.qpos[place] = kitchen_env.OBS_ELEMENT_GOALS[name]
-    return random_action(env, *rest)
+        positions[kitchen_env.OBS_ELEMENT_INDICES[name]] = kitchen_env.OBS_ELEMENT_GOALS[name]
+    return random_action(env, step, observation)
 
 
 class Recording(NamedTuple):
     env: Any
-    act: Callable[..., np.ndarray] = random_action
+    act: Callable[[Any, int, Any], np.ndarray] = random_action
     metadata: dict[str, Any] = {}
 
 
 def recordings() -> dict[str, Recording]:
+    maze = partial(gymnasium.make, disable_env_checker=True, continuing_task=True)
     walls, free = [1] * 7, [1, 0, 0, 0, 0, 0, 1]
-    goal_map = [walls, free, [1, 0, 0, "g", 0, 0, 1], free, walls]
-    medium = [list(row) for row in gymnasium.spec("AntMaze_Medium-v4").kwargs["maze_map"]]
-    medium[1][1], medium[6][6] = "r", "g"
-    subtasks = {"tasks_to_complete": SUBTASKS, "remove_task_when_completed": False}
-    kitchen = gymnasium.make("FrankaKitchen-v1", terminate_on_tasks_completed=False, **subtasks)
-    plain_kitchen = {"env": "FrankaKitchen-v1", "observation_space": kitchen.observation_space}
-    moving_goal = maze("PointMaze_Open-v3", reset_target=True, max_episode_steps=10**6)
-    eval_maze = maze("PointMaze_Open-v3", maze_map=goal_map, max_episode_steps=60)
-    mirrored = [[1] * 5, [1, 0, 0, "r", 1], [1, 0, 1, 1, 1], [1, 0, 0, "g", 1], [1] * 5]
+    to_evaluate = {
+        OPEN: [walls, free, [1, 0, 0, "g", 0, 0, 1], free, walls],
+        UMAZE: [[1] * 5, [1, 0, 0, "r", 1], [1, 0, 1, 1, 1], [1, 0, 0, "g", 1], [1] * 5],
+        MEDIUM: [walls, [1, "r", 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, "g", 1], walls],
+    }
+    point, medium = (
+        to_evaluate[OPEN],
+        {"eval_env": maze("AntMaze_Medium-v4", maze_map=to_evaluate[MEDIUM])},
+    )
     references = {"ref_min_score": -50.0, "ref_max_score": 150.0}
+    kitchen = gymnasium.make(
+        "FrankaKitchen-v1",
+        tasks_to_complete=SUBTASKS,
+        remove_task_when_completed=False,
+        terminate_on_tasks_completed=False,
+    )
     return {
-        OPEN: Recording(moving_goal, to_goal, {"eval_env": eval_maze}),
+        OPEN: Recording(
+            maze("PointMaze_Open-v3", reset_target=True, max_episode_steps=10**6),
+            to_goal,
+            {"eval_env": maze("PointMaze_Open-v3", maze_map=point, max_episode_steps=60)},
+        ),
         DOOR: Recording(gymnasium.make("AdroitHandDoor-v1"), metadata=references),
         CHEETAH: Recording(gymnasium.make("HalfCheetah-v5")),
         UMAZE: Recording(
             maze("AntMaze_UMaze-v4"),
             at_goal_for_a_while,
-            {"eval_env": maze("AntMaze_UMaze-v4", maze_map=mirrored), **references},
+            {"eval_env": maze("AntMaze_UMaze-v4", maze_map=to_evaluate[UMAZE]), **references},
         ),
-        MEDIUM: Recording(
-            maze("AntMaze_Medium-v4"),
-            metadata={"eval_env": maze("AntMaze_Medium-v4", maze_map=medium)},
+        MEDIUM: Recording(maze("AntMaze_Medium-v4"), metadata=medium),
+        KITCHEN: Recording(  # what it was recorded in has more subtasks, by its specification
+            kitchen,
+            subtask_after_subtask,
+            {"env": "FrankaKitchen-v1", "observation_space": kitchen.observation_space},
         ),
-        KITCHEN: Recording(kitchen, subtask_after_subtask, plain_kitchen),
     }
 
 
-def stack(space: Any, observations: list[Any]) -> Any:
-    if isinstance(space, gymnasium.spaces.Dict):
-        return {key: stack(part, [o[key] for o in observations]) for key, part in space.items()}
+def stack(observations: list[Any]) -> Any:
+    if isinstance(observations[0], dict):
+        return {key: stack([o[key] for o in observations]) for key in observations[0]}
     return np.array(observations)
 
 
 def record(name: str, recording: Recording) -> None:
-    """An episode a seed; but where the goal moves on, the next begins where the last has ended."""
-    env, moves_on, buffers = recording.env, name == OPEN, []
-    for seed in range(EPISODES):
-        rng = np.random.default_rng(seed)
-        if not (moves_on and seed):
+    """An episode of 12 steps a seed; but PointMaze's go on where the last has found its goal."""
+    env, buffers = recording.env, []
+    for seed in range(3):
+        np.random.seed(seed)
+        if seed == 0 or name != OPEN:
             observation, _ = env.reset(seed=seed)
-        observations, actions, rewards, success = [observation], [], [], False
-        while not success if moves_on else len(actions) < STEPS:
-            actions.append(recording.act(env, observation, len(actions), rng))
+        observations, actions, rewards, done = [observation], [], [], False
+        while not done:
+            actions.append(recording.act(env, len(actions), observation))
             observation, reward, *_, info = env.step(actions[-1])
             observations.append(observation)
             rewards.append(reward)
-            success = info.get("success", False)
+            done = info["success"] if name == OPEN else len(actions) == 12
         buffer = minari.data_collector.episode_buffer.EpisodeBuffer(
-            observations=stack(env.observation_space, observations),
+            observations=stack(observations),
             actions=np.array(actions),
             rewards=rewards,
             terminations=[False] * len(rewards),
@@ -136,7 +144,7 @@ def record(name: str, recording: Recording) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Minari's root folder with all these datasets."""
+    """Minari's root folder, with all these datasets."""
     folder = tmp_path_factory.mktemp("minari")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder))
@@ -147,86 +155,67 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make(root: Path) -> Callable[[str], tasks.Minari]:
-    return functools.cache(lambda name: tasks.make(name, str(root)))
+    return cache(lambda name: tasks.make(name, str(root)))
 
 
-def episodes(root: Path, name: str) -> tuple[Any, list[Any]]:
-    """The space of the dataset's observations and its episodes, as Minari reads them."""
-    dataset = minari.MinariDataset(root / name / "data")
-    return dataset.observation_space, list(dataset.iterate_episodes())
+def row_of(values: Any, row: int) -> Any:
+    if isinstance(values, dict):
+        return {key: row_of(part, row) for key, part in values.items()}
+    return values[row]
 
 
-def observation_at(space: Any, values: Any, row: int) -> np.ndarray:
-    """That row of recorded observations, by gymnasium's own flattening."""
-
-    def pick(part: Any) -> Any:
-        return {k: pick(v) for k, v in part.items()} if isinstance(part, dict) else part[row]
-
-    return gymnasium.spaces.flatten(space, pick(values)).astype(np.float32)
-
-
-# ---------------------------------------------------------------------------- rows
+# ---------------------------------------------------------------------------- rows and episodes
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_step_is_a_transition_as_minari_reads_it(name, root, make):
-    task, (space, recorded) = make(name), episodes(root, name)
     config = cal_ql.Config(env=name, normalize=False, discount=0.9)
-    dataset = cal_ql.load_dataset(config, task, task.data_file(None), torch.device("cpu"), {})
-    assert dataset.transitions.tolist() == list(range(sum(len(e.rewards) for e in recorded)))
-    found = [column.numpy() for column in dataset.rows]
-    row = 0
-    for episode in recorded:
-        if name == OPEN:  # the goal of the previous episode is not what this one is paid for
+    path = make(name).data_file(None)
+    dataset = cal_ql.load_dataset(config, make(name), path, torch.device("cpu"), {})
+    recorded = minari.MinariDataset(root / name / "data")
+    assert dataset.transitions.tolist() == list(range(recorded.total_steps))
+    found, row, ends = [column.numpy() for column in dataset.rows], 0, {UMAZE: 1.0, KITCHEN: 4.0}
+    for number, episode in enumerate(recorded):
+        if name == OPEN:  # the last episode's goal is not what the first step is paid for
             goals = episode.observations["desired_goal"]
-            assert row == 0 or (goals[0] != goals[1]).any()
+            assert number == 0 or (goals[0] != goals[1]).all()
             goals[0] = goals[1]
-        value = 0.0
-        for step in range(len(episode.rewards) - 1, -1, -1):
-            observations, actions, rewards, next_observations, terminals, returns = (
-                column[row + step] for column in found
-            )
-            before = observation_at(space, episode.observations, step)
-            np.testing.assert_array_equal(observations, before)
-            after = observation_at(space, episode.observations, step + 1)
-            np.testing.assert_array_equal(next_observations, after)
-            np.testing.assert_array_equal(actions, episode.actions[step])
-            assert rewards == np.float32(episode.rewards[step])
-            assert terminals == ((name, rewards) in [(UMAZE, 1), (KITCHEN, 4)])
-            value = rewards + 0.9 * value * (1 - terminals)
-            assert returns == pytest.approx(value, rel=1e-5)
-        row += len(episode.rewards)
-
-
-def test_the_recordings_have_the_quirks(root):
-    """Else the test above and the next ones hold for no reason."""
-    rewards = {name: np.concatenate([e.rewards for e in episodes(root, name)[1]]) for name in ALL}
-    assert rewards[OPEN].sum() == EPISODES and rewards[UMAZE].sum() >= 3 * EPISODES
-    assert set(rewards[KITCHEN]) == {0, 1, 2, 3, 4}
-
-
-# ---------------------------------------------------------------------------- episodes
+        flat = [
+            gymnasium.spaces.flatten(recorded.observation_space, row_of(episode.observations, step))
+            for step in range(len(episode.rewards) + 1)
+        ]
+        part, row = slice(row, row + len(episode.rewards)), row + len(episode.rewards)
+        terminals = episode.rewards == ends.get(name)
+        assert name not in ends or 0 < terminals.sum() < 12  # the recording has gone on
+        value, values = 0.0, []
+        for reward, terminal in zip(episode.rewards[::-1], terminals[::-1]):
+            value = reward + 0.9 * value * (not terminal)
+            values.insert(0, value)
+        expected = flat[:-1], episode.actions, episode.rewards, flat[1:], terminals
+        for column, wanted in zip(found, expected):
+            np.testing.assert_array_equal(column[part], np.array(wanted, np.float32))
+        np.testing.assert_allclose(found[-1][part], values, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_recorded_actions_give_recorded_rewards_and_ends(name, root, make):
-    """From the episode's seed, or, since they go on without one, from PointMaze's states."""
-    task, rows, row = make(name), make(name).rows(root / name), 0
-    act = recordings()[name].act
-    for seed, episode in enumerate(episodes(root, name)[1]):
+    """From the episode's seed, or, since it goes on without one, from PointMaze's states."""
+    task, rows, act, row = make(name), make(name).rows(root / name), recordings()[name].act, 0
+    for seed, episode in enumerate(minari.MinariDataset(root / name / "data")):
         observation = task.reset(seed)
         if name == OPEN:
-            state = episode.observations["observation"][0]
+            positions, velocities = np.split(episode.observations["observation"][0], 2)
             task.env.unwrapped.goal = episode.observations["desired_goal"][1]
-            task.env.unwrapped.point_env.set_state(state[:2], state[2:])
+            task.env.unwrapped.point_env.set_state(positions, velocities)
         else:
             np.testing.assert_array_equal(observation, rows["observations"][row])
         for step, action in enumerate(episode.actions):
-            if name in (UMAZE, KITCHEN):  # what puts things in place
-                act(task.env, None, step, np.random.default_rng(0))
+            if name in (UMAZE, KITCHEN):  # it is this that puts things in place
+                act(task.env, step, None)
             observation, reward, terminal, truncated, _ = task.step(action)
             np.testing.assert_allclose(observation, rows["next_observations"][row], atol=1e-5)
-            assert (reward, terminal) == (rows["rewards"][row], rows["terminals"][row])
+            assert reward == pytest.approx(rows["rewards"][row], rel=1e-6)
+            assert terminal == rows["terminals"][row]
             assert truncated == (step + 1 >= task.max_episode_steps)
             row += 1
 
@@ -258,54 +247,40 @@ def test_an_episode_is_a_function_of_seed_and_actions(root):
 
 
 def test_environments_are_those_to_evaluate_in(make):
-    spec = {name: make(name).env.spec for name in [*ALL, MEDIUM]}
-    assert make(OPEN).max_episode_steps == 60 and "g" in spec[OPEN].kwargs["maze_map"][2]
-    assert "maze_map" in spec[UMAZE].kwargs and spec[UMAZE].kwargs["maze_map"][2] == [1, 1, 1, 0, 1]
-    assert spec[MEDIUM].kwargs["maze_map"][1][1] == "r"
-    says = {name: (make(name).has_goal, make(name).failure_reward) for name in ALL}
-    assert says[OPEN] == says[UMAZE] == (True, 0.0)
-    assert says[DOOR] == says[KITCHEN] == (True, None) and says[CHEETAH] == (False, None)
-    assert make(CHEETAH).is_locomotion and not make(DOOR).is_locomotion
+    maps = {name: make(name).env.spec.kwargs["maze_map"] for name in (OPEN, UMAZE, MEDIUM)}
+    assert "g" in maps[OPEN][2] and make(OPEN).max_episode_steps == 60
+    assert maps[UMAZE][2] == [1, 1, 1, 0, 1] and maps[MEDIUM][1][1] == "r"
+    says = [(make(name).has_goal, make(name).failure_reward) for name in ALL]
+    assert says == [(True, 0.0), (True, None), (False, None), (True, 0.0), (True, None)]
+    assert [make(name).is_locomotion for name in ALL] == [name == CHEETAH for name in ALL]
 
 
 def test_scores(root, make):
-    dataset = minari.MinariDataset(root / DOOR / "data")
-    for episode_return in (-50.0, 0.0, 1234.5):
-        expected = 100 * minari.get_normalized_score(dataset, episode_return)
-        assert make(DOOR).score(episode_return, False) == pytest.approx(expected)
-    # its reference is an accumulated return; there is none; and neither that nor success
-    assert [make(UMAZE).score(1.0, success) for success in (False, True)] == [0.0, 100.0]
-    assert [make(OPEN).score(7.0, success) for success in (False, True)] == [0.0, 100.0]
+    expected = minari.get_normalized_score(minari.MinariDataset(root / DOOR / "data"), 123.0)
+    assert make(DOOR).score(123.0, True) == pytest.approx(100 * expected)
+    for name in (UMAZE, OPEN):  # whose reference adds up rewards at the goal; which has none
+        assert [make(name).score(7.0, success) for success in (False, True)] == [0.0, 100.0]
     assert make(CHEETAH).score(123.0, False) == 123.0 and "returns" in make(CHEETAH).physics
-
-
-def test_kitchen_scores_the_subtasks_that_were_ever_complete(make):
     task = make(KITCHEN)
-    task.reset(0)
-    for step, completed in [(2, 1), (8, 4), (2, 4), (0, 4)]:
-        subtask_after_subtask(task.env, None, step, np.random.default_rng(0))
-        *_, success = task.step(np.zeros(task.action_dim, np.float32))
-        assert task.score(0.0, success) == 25.0 * completed and success == (completed == 4)
-    task.reset(0)
-    task.step(np.zeros(task.action_dim, np.float32))
-    assert task.score(0.0, False) == 0.0
+    for plan, score in [([2, 8, 2, 0], 100.0), ([2, 0], 25.0), ([0], 0.0)]:
+        task.reset(0)
+        for step in plan:
+            subtask_after_subtask(task.env, step, None)
+            *_, success = task.step(np.zeros(task.action_dim, np.float32))
+        assert (task.score(0.0, success), success) == (score, score == 100.0)
 
 
 # ---------------------------------------------------------------------------- the command line
 
 TINY = """--checkpoints_path runs --device cpu --hidden_dim 8 --batch_size 16 --cql_n_actions 2
-    --n_episodes 2 --log_freq 10""".split()
-RUN = (
-    f"""--env {OPEN} --offline_iterations 30 --online_iterations 100 --eval_freq 50
-    --checkpoint_freq 20""".split()
-    + TINY
-)
+    --n_episodes 2 --log_freq 10 --offline_iterations 30""".split()
+RUN = [*TINY, *f"--env {OPEN} --online_iterations 100 --eval_freq 50 --checkpoint_freq 20".split()]
 
 
-def test_kill_and_resume_and_workers_and_another_path_change_nothing(root, tmp_path, monkeypatch):
+def test_a_kill_workers_and_another_path_change_nothing(root, tmp_path, monkeypatch):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     copy = shutil.copytree(root, killed / "copy")
-    shutil.copytree(root / DOOR, copy / "D4RL/door/human-v3")  # the run's own dataset alone counts
+    shutil.copytree(root / DOOR, copy / "D4RL/door/human-v3")  # only the run's own data counts
     alone.mkdir()
     monkeypatch.chdir(alone)
     assert call(*RUN, "--dataset_path", root, "--eval_workers", 1).returncode == 0
@@ -313,7 +288,7 @@ def test_kill_and_resume_and_workers_and_another_path_change_nothing(root, tmp_p
     process = kill_test.start(killed, *RUN, "--dataset_path", "copy", "--eval_workers", 1)
     kill_test.wait_until(process, lambda: any(killed.glob("runs/*/checkpoint_60.pt")))
     process.kill()
-    assert "gymnasium" not in kill_test.finish(process).stderr  # it says things when imported
+    assert "gymnasium" not in kill_test.finish(process).stderr  # which says things when imported
     result = call(*RUN, "--dataset_path", "copy", "--eval_workers", 2)
     assert result.returncode == 0 and "starting at step 0 " not in result.stdout
     assert kill_test.differences(alone / "runs", killed / "runs") == []
@@ -321,26 +296,11 @@ def test_kill_and_resume_and_workers_and_another_path_change_nothing(root, tmp_p
 
 def test_antmaze_needs_no_config_of_its_own(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = ["--offline_iterations", 2, "--online_iterations", 0, "--n_episodes", 1]
-    options = [*TINY, *options, "--config_path", ROOT / "configs/antmaze.yaml", "--env", UMAZE]
-    result = call(*options, "--dataset_path", root)
+    options = [*TINY, "--config_path", ROOT / "configs/antmaze.yaml", "--online_iterations", 0]
+    result = call(*options, "--n_episodes", 1, "--env", UMAZE, "--dataset_path", root)
     assert result.returncode == 0, result.stderr
-    (run,) = tmp_path.glob("runs/*")  # no folder for each part of the id
+    (run,) = tmp_path.glob("runs/*")  # not a folder for each part of the id
     assert run.name.startswith("Cal-QL-D4RL-antmaze-umaze-v1-seed0-")
-
-
-# ---------------------------------------------------------------------------- bad input
-
-
-@pytest.fixture(scope="module")
-def bad(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root folder with another task's data, a file cut short, and metadata alone."""
-    folder = tmp_path_factory.mktemp("bad")
-    for name in (DOOR, KITCHEN, UMAZE):
-        shutil.copytree(root / (OPEN if name == DOOR else name), folder / name)
-    os.truncate(folder / KITCHEN / "data/main_data.hdf5", 5000)
-    (folder / UMAZE / "data/main_data.hdf5").unlink()
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -350,36 +310,37 @@ def bad(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (KITCHEN, f"{KITCHEN}: not a whole Minari dataset"),
         (UMAZE, f"{UMAZE}: not a whole Minari dataset"),
         (CHEETAH, f"dataset_path: found no folder .*{CHEETAH}, expected Minari's root folder"),
+        ("toys/cartpole-v0", "found 'toys/cartpole-v0', expected"),
         ("D4RL/dor/human-v2", f"close matches.*: {DOOR}"),
         ("../x-v0", "expected a Minari id such as D4RL/door/human-v2"),
     ],
 )
-def test_bad_data_is_named_in_one_line(env, says, bad, tmp_path, monkeypatch):
+def test_bad_data_is_named_in_one_line(env, says, root, tmp_path, monkeypatch):
+    """Another task's, cut short, lost, not there, with actions that are none."""
     monkeypatch.chdir(tmp_path)
-    line = error_line(call(*TINY, "--env", env, "--dataset_path", bad, "--online_iterations", 0))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    for name in {DOOR, KITCHEN, UMAZE} & {env}:
+        shutil.copytree(root / (OPEN if name == DOOR else name), tmp_path / name)
+    if env == KITCHEN:
+        os.truncate(tmp_path / KITCHEN / "data/main_data.hdf5", 5000)
+    elif env == UMAZE:
+        (tmp_path / UMAZE / "data/main_data.hdf5").unlink()
+    elif "toys" in env:
+        record(env, Recording(gymnasium.make("CartPole-v1"), lambda *_: 0))
+    line = error_line(call(*TINY, "--env", env, "--dataset_path", tmp_path))
     assert re.search(says, line) and not list(tmp_path.glob("runs/*"))
 
 
-def test_environments_that_do_not_suit_are_named_in_one_line(tmp_path, monkeypatch):
+def test_a_download_ends_whole_or_leaves_nothing(root, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    record("toys/cartpole-v0", Recording(gymnasium.make("CartPole-v1"), lambda *_: 0))
-    line = error_line(call(*TINY, "--env", "toys/cartpole-v0"))
-    assert "found 'toys/cartpole-v0', expected" in line
-
-
-# ---------------------------------------------------------------------------- download
-
-
-def test_what_is_not_here_is_downloaded_whole_or_not_at_all(root, tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as with the server away, but at once
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as if the server were away, but at once
     line = error_line(call(*TINY, "--env", "D4RL/door/humn-v2"))
     assert re.search(f"cannot download D4RL/door/humn-v2 to .*reach.*close matches.*: {DOOR}", line)
     assert not list(tmp_path.iterdir())
     copy = f"""
 import os, shutil, sys
-folder = os.environ["MINARI_DATASETS_PATH"]
-shutil.copytree({str(root)!r} + "/" + sys.argv[1], folder + "/" + sys.argv[1])
+target = os.path.join(os.environ["MINARI_DATASETS_PATH"], sys.argv[1])
+shutil.copytree(os.path.join({str(root)!r}, sys.argv[1]), target)
 """
     monkeypatch.setattr(tasks, "MINARI_DOWNLOAD", copy + "sys.exit(1)")
     assert "exit code 1" in error_line(call(*TINY, "--env", DOOR))
@@ -391,13 +352,13 @@ shutil.copytree({str(root)!r} + "/" + sys.argv[1], folder + "/" + sys.argv[1])
 
 def test_a_signal_stops_a_download_at_once(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes requests, and never answers
-        env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
-        env |= {"MINARI_DATASETS_PATH": str(tmp_path), "NO_PROXY": "*", "HF_HUB_OFFLINE": "0"}
+        env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "NO_PROXY": "*"}
+        env |= {"MINARI_DATASETS_PATH": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         process = kill_test.start(tmp_path, *TINY, "--env", DOOR, env=os.environ | env)
         connection, _ = server.accept()
         connection.settimeout(60)
-        assert b"GET /api/" in connection.recv(10_000)
+        assert connection.recv(10_000).startswith(b"GET /api/")
         process.send_signal(signal.SIGTERM)
         assert kill_test.finish(process).returncode == 143
-        assert connection.recv(1) == b""  # the downloading process has gone too
+        assert connection.recv(1) == b""  # the process that downloads has gone too
     assert not list(tmp_path.iterdir())
