@@ -270,6 +270,28 @@ def test_scores(root, make):
         assert (task.score(0.0, success), success) == (score, score == 100.0)
 
 
+def test_a_made_pointmaze_is_what_its_environment_paid(tmp_path, monkeypatch):
+    import make_dataset
+
+    monkeypatch.setattr(make_dataset, "POINT_TRAJECTORY", 400)
+    few = partial(minari.create_dataset_from_buffers, num_episodes_average_score=1)
+    monkeypatch.setattr(minari, "create_dataset_from_buffers", few)
+    name, seeds = "D4RL/pointmaze/medium-v2", np.random.SeedSequence((3, 1))
+    recipe = make_dataset.MinariPoint(name)
+    made, again = recipe.rollout(seeds), recipe.rollout(seeds)
+    for column in made:
+        np.testing.assert_array_equal(made[column], again[column])
+    (tmp_path / name).parent.mkdir(parents=True)
+    make_dataset.to_minari(tmp_path / name, made, {"task": name, "recipe": ""})
+    rows = tasks.make(name, str(tmp_path)).rows(tmp_path / name)
+    np.testing.assert_array_equal(rows["actions"], made["actions"])
+    place, goal = rows["next_observations"][:, :2], rows["observations"][:, 2:4]
+    there = np.linalg.norm(place - goal, axis=1) <= 0.45
+    assert there.sum() >= 2
+    np.testing.assert_array_equal(rows["rewards"] == 1, there)
+    np.testing.assert_array_equal(rows["truncations"], there | (np.arange(400) == 399))
+
+
 # ---------------------------------------------------------------------------- the command line
 
 TINY = """--checkpoints_path runs --device cpu --hidden_dim 8 --batch_size 16 --cql_n_actions 2
