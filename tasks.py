@@ -455,8 +455,6 @@ class Minari(GymnasiumTask):
         from gymnasium import spaces, wrappers
 
         options: dict[str, Any] = {"eval_env": "antmaze/umaze" not in self.name}
-        if "antmaze" in self.name:
-            options["continuing_task"] = False
         if self.subtasks:
             options |= {"tasks_to_complete": self.subtasks, "remove_task_when_completed": False}
             options["terminate_on_tasks_completed"] = False
