@@ -55,11 +55,11 @@ def at_goal_for_a_while(env: Any, step: int, observation: Any) -> np.ndarray:
 
 
 def subtask_after_subtask(env: Any, step: int, observation: Any) -> np.ndarray:
-    """A random action, with another subtask complete in every second step."""
+    """A random action, with another subtask complete in every second step, and one not the data's."""
     from gymnasium_robotics.envs.franka_kitchen import kitchen_env
 
     positions = env.unwrapped.robot_env.data.qpos
-    for name in SUBTASKS[: step // 2]:
+    for name in [*SUBTASKS[: step // 2], "slide cabinet"]:
         positions[kitchen_env.OBS_ELEMENT_INDICES[name]] = kitchen_env.OBS_ELEMENT_GOALS[name]
     return random_action(env, step, observation)
 
@@ -250,6 +250,7 @@ def test_environments_are_those_to_evaluate_in(make):
     maps = {name: make(name).env.spec.kwargs["maze_map"] for name in (OPEN, UMAZE, MEDIUM)}
     assert "g" in maps[OPEN][2] and make(OPEN).max_episode_steps == 60
     assert maps[UMAZE][2] == [1, 1, 1, 0, 1] and maps[MEDIUM][1][1] == "r"
+    assert not make(KITCHEN).env.unwrapped.terminate_on_tasks_completed  # all at once do that
     says = [(make(name).has_goal, make(name).failure_reward) for name in ALL]
     assert says == [(True, 0.0), (True, None), (False, None), (True, 0.0), (True, None)]
     assert [make(name).is_locomotion for name in ALL] == [name == CHEETAH for name in ALL]
