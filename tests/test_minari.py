@@ -55,7 +55,7 @@ def at_goal_for_a_while(env: Any, step: int, observation: Any) -> np.ndarray:
 
 
 def subtask_after_subtask(env: Any, step: int, observation: Any) -> np.ndarray:
-    """A random action, with another subtask complete in every second step, and one not the data's."""
+    """A random action; a subtask more is complete in every second step, and one of no concern."""
     from gymnasium_robotics.envs.franka_kitchen import kitchen_env
 
     positions = env.unwrapped.robot_env.data.qpos
