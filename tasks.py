@@ -326,16 +326,25 @@ def unpickle(path: Path) -> Any:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Keep what libraries print, warn of and leave behind from the user; not what they raise."""
+    """Keep what libraries print and warn of from the user; what they raise gets through."""
     text = io.StringIO()
     with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(tempfile, "tempdir", folder),  # where each maze's model would stay
         contextlib.redirect_stdout(text),
         contextlib.redirect_stderr(text),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def making_environment() -> Iterator[None]:
+    """Silence, and no trace of the models that mazes leave in the folder for temporary files."""
+    with (
+        silence(),
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(tempfile, "tempdir", folder),
+    ):
         yield
 
 
@@ -417,7 +426,7 @@ class Minari(GymnasiumTask):
         if self.dataset.id != name:
             raise InputError(f"dataset {self.folder}: found {self.dataset.id}, expected {name}")
         try:
-            with silence():
+            with making_environment():
                 self.start()
         except Exception as error:  # whatever other environments and their parts raise
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -605,7 +614,7 @@ class OGBench(GymnasiumTask):
         if name not in names:
             close = ", ".join(difflib.get_close_matches(name, names)) or "none"
             raise InputError(f"env: OGBench has no task {name!r}; close matches: {close}")
-        with silence():
+        with making_environment():
             env = gymnasium.make(names[name], disable_env_checker=True)
             # an arm's would be another one at each look, and so could not be seeded
             type(env.unwrapped).action_space = env.unwrapped.action_space

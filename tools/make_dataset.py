@@ -290,13 +290,13 @@ class MinariPoint(PointMaze):
     goals = {"open": (2, 3), "umaze": (1, 1), "medium": (6, 6), "large": (7, 9)}  # for evaluation
 
     def __init__(self, task: str):
-        from tasks import import_for, silence
+        from tasks import import_for, making_environment
 
         d4rl_compat.make("maze2d-open-v0")  # which imports D4RL without its messages
         gymnasium, _ = import_for(task, "gymnasium_robotics")
         name = task.split("/")[-1].removesuffix("-v2")
         env = f"PointMaze_{'UMaze' if name == 'umaze' else name.title()}-v3"
-        with silence():
+        with making_environment():
             options = {"disable_env_checker": True, "continuing_task": True}
             self.env = gymnasium.make(env, reset_target=True, max_episode_steps=10**6, **options)
             self.maze = self.env.unwrapped.maze
@@ -538,7 +538,7 @@ def to_npz(path: Path, rows: Rows, about: dict[str, Any]) -> None:
 
 def to_minari(path: Path, rows: Rows, about: dict[str, Any]) -> None:
     """Write the folder of a Minari dataset, with an episode up to each timeout."""
-    from tasks import import_for, silence
+    from tasks import import_for, making_environment
 
     task = about["task"]
     _, minari = import_for(task, "minari")
@@ -558,7 +558,10 @@ def to_minari(path: Path, rows: Rows, about: dict[str, Any]) -> None:
         }
         buffer = minari.data_collector.episode_buffer.EpisodeBuffer
         episodes.append(buffer(observations=observations, **columns))
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".minari-") as root, silence():
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".minari-") as root,
+        making_environment(),
+    ):
         with mock.patch.dict(os.environ, MINARI_DATASETS_PATH=root):
             dataset = minari.create_dataset_from_buffers(
                 task,
