@@ -88,6 +88,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WALKER = ROOT / "datasets" / "ant_walker.npz"
 ARRIVED = 0.5  # distance from its destination at which the ant turns to the next one
 POINT_TRAJECTORY = 10_000  # transitions
+CLONE_UPDATES, CLONE_NOISE = 4_000, 0.1  # noise in standard deviations of the observations
+CLONE_ROLLOUTS = 500
 
 Cell = tuple[int, int]  # row and column in the maze's map
 Rows = dict[str, np.ndarray]  # name in the file -> array with one row per transition
@@ -103,20 +105,23 @@ class Step(NamedTuple):
     timeout: bool
 
 
-def to_rows(steps: list[Step], goal: np.ndarray, n_positions: int) -> Rows:
-    """Stack `steps`; in these tasks an observation is the simulator's qpos, then its qvel."""
+def stack(steps: list[Step]) -> Rows:
     observations, actions, rewards, terminals, timeouts = map(np.asarray, zip(*steps, strict=True))
-    observations = observations.astype(np.float32)
     return {
-        "observations": observations,
+        "observations": observations.astype(np.float32),
         "actions": actions,
         "rewards": rewards.astype(np.float32),
         "terminals": terminals.astype(bool),
         "timeouts": timeouts.astype(bool),
-        "infos/goal": np.tile(np.asarray(goal, np.float32), (len(steps), 1)),
-        "infos/qpos": observations[:, :n_positions],
-        "infos/qvel": observations[:, n_positions:],
     }
+
+
+def to_rows(steps: list[Step], goal: np.ndarray, n_positions: int) -> Rows:
+    """Stack `steps`; in these tasks an observation is the simulator's qpos, then its qvel."""
+    rows = stack(steps)
+    qpos, qvel = np.split(rows["observations"], [n_positions], axis=1)
+    goals = np.tile(np.asarray(goal, np.float32), (len(steps), 1))
+    return {**rows, "infos/goal": goals, "infos/qpos": qpos, "infos/qvel": qvel}
 
 
 def noisy(action: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
@@ -460,6 +465,125 @@ class OGBenchCubes(OGBench):
         return noisy(self.oracle.select_action(observation, info), self.deviation, self.rng)
 
 
+# --------------------------------------------------------------------------------------- door
+
+
+class Door:
+    """Human demonstrations of opening a door, replayed."""
+
+    noise = 0.0
+    layout, config, packages = "hdf5", "adroit", "d4rl"
+
+    def __init__(self, task: str, demonstrations: list[dict[str, Any]], seed: int):
+        import tasks  # and torch, seconds that other recipes need not wait for
+
+        self.demonstrations = demonstrations
+        self.task = tasks.make(task)
+        self.hand = self.task.env.unwrapped
+
+    def rollout(self, seeds: np.random.SeedSequence) -> Rows | None:
+        """The demonstration of that number; None after the last."""
+        number = seeds.entropy[-1]
+        if number >= len(self.demonstrations):
+            return None
+        actions = self.demonstrations[number]["actions"]
+        self.task.reset(0)  # or the solver would start from the last rollout's forces
+        self.hand.set_env_state(self.demonstrations[number]["init_state_dict"])
+        return self.play(self.hand.get_obs(), lambda step, _: actions[step], len(actions))
+
+    def play(self, observation: np.ndarray, act: Callable, n_steps: int) -> Rows:
+        """At most `n_steps` of `act(step, observation)`, from the simulator's present state."""
+        steps, states = [], []
+        for step in range(n_steps):
+            states.append(self.hand.get_env_state())
+            action = act(step, observation).clip(-1, 1).astype(np.float32)  # as the door does
+            next_observation, reward, terminal, _, _ = self.task.step(action)
+            steps.append(Step(observation, action, reward, terminal, False))
+            observation = next_observation
+            if terminal:
+                break
+        steps[-1] = steps[-1]._replace(timeout=not terminal)
+        infos = {f"infos/{name}": np.array([s[name] for s in states]) for name in states[0]}
+        return stack(steps) | infos
+
+
+class BinaryDoor(Door):
+    """The demonstrations up to the goal, then rollouts of a policy cloned from all of them.
+
+    Those that do not reach the goal have no rows.
+    """
+
+    config, packages = "adroit_binary", "d4rl torch"
+
+    def __init__(self, task: str, demonstrations: list[dict[str, Any]], seed: int):
+        super().__init__(task, demonstrations, seed)
+        self.policy = clone(demonstrations, seed)
+
+    def rollout(self, seeds: np.random.SeedSequence) -> Rows | None:
+        rows, number = super().rollout(seeds), seeds.entropy[-1]
+        if rows is not None or number >= len(self.demonstrations) + CLONE_ROLLOUTS:
+            return rows
+        observation = self.task.reset(int(seeds.generate_state(1)[0]))
+        limit = self.task.max_episode_steps
+        return self.play(observation, lambda _, observation: self.policy(observation), limit)
+
+    def play(self, observation: np.ndarray, act: Callable, n_steps: int) -> Rows:
+        rows = super().play(observation, act, n_steps)
+        return rows if rows["terminals"][-1] else {}
+
+
+def read_demonstrations(path: Path) -> list[dict[str, Any]]:
+    """The 25 of github.com/aravindr93/hand_dapg; raises ValueError for what are no such."""
+    import tasks
+
+    try:
+        demonstrations = tasks.unpickle(path)
+        fits = [
+            {"qpos", "qvel", "door_body_pos"} == set(one["init_state_dict"])
+            and (one["observations"].shape, one["actions"].shape[1:])
+            == ((len(one["actions"]), 39), (28,))
+            for one in demonstrations
+        ]
+    except tasks.InputError as error:
+        raise ValueError(error) from None
+    except (LookupError, TypeError, AttributeError):
+        fits = []
+    if not fits or not all(fits):
+        raise ValueError(f"{path} has no demonstrations of opening a door, expected hand_dapg's")
+    return demonstrations
+
+
+def clone(demonstrations: list[dict[str, Any]], seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A policy that acts as the demonstrations do, by least squares.
+
+    It learns from noisy observations, so that it finds back where it strays from their paths.
+    """
+    import torch
+    from torch import nn
+
+    observations = np.concatenate([d["observations"] for d in demonstrations])
+    actions = np.concatenate([d["actions"] for d in demonstrations]).clip(-1, 1)
+    mean, std = observations.mean(0), observations.std(0) + 1e-3
+
+    def scaled(observation: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy((observation - mean) / std).float()
+
+    torch.manual_seed(seed)
+    inputs, outputs = scaled(observations), torch.from_numpy(actions).float()
+    layers = [nn.Linear(inputs.shape[1], 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.Linear(256, outputs.shape[1]), nn.Tanh())
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, CLONE_UPDATES)
+    for _ in range(CLONE_UPDATES):
+        rows = torch.randint(len(inputs), (256,))
+        noisy_inputs = inputs[rows] + CLONE_NOISE * torch.randn(256, inputs.shape[1])
+        optimizer.zero_grad()
+        nn.functional.mse_loss(network(noisy_inputs), outputs[rows]).backward()
+        optimizer.step()
+        decay.step()
+    return torch.no_grad()(lambda observation: network(scaled(observation)).numpy())
+
+
 # ------------------------------------------------------------------------------- all the tasks
 
 ANT_MAZES = "umaze umaze-diverse medium-play medium-diverse large-play large-diverse"
@@ -473,6 +597,7 @@ for data in ("navigate", "stitch"):
 for data in ("play", "noisy"):
     names = (f"cube-{cubes}-{data}-singletask-v0" for cubes in OGBenchCubes.stacking)
     RECIPES |= dict.fromkeys(names, OGBenchCubes)
+RECIPES |= {"door-human-v1": Door, "door-binary-v0": BinaryDoor}
 
 
 def recipe_of(task: str) -> Any:
@@ -484,11 +609,11 @@ _recipe: Any  # one in each worker process
 _stopped = threading.Event()  # set by a signal to the parent process
 
 
-def _start_worker(task: str) -> None:
+def _start_worker(task: str, *options: Any) -> None:
     global _recipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers,
     threading.Thread(target=_end_with_parent, daemon=True).start()  # even when it is killed
-    _recipe = recipe_of(task)(task)
+    _recipe = recipe_of(task)(task, *options)
 
 
 def _end_with_parent() -> None:
@@ -496,22 +621,30 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _rollout(seed: int, index: int) -> Rows:
+def _rollout(seed: int, index: int) -> Rows | None:
     return _recipe.rollout(np.random.SeedSequence((seed, index)))
 
 
-def rollouts(task: str, seed: int, workers: int) -> Iterator[Rows]:
-    """Yield the rollouts 0, 1, 2, ... of `task`, without end, from `workers` processes."""
+def rollouts(
+    task: str, seed: int, workers: int, demonstrations: Path | None = None
+) -> Iterator[Rows]:
+    """Yield the rollouts 0, 1, 2, ... of `task` from `workers` processes.
+
+    There is no end to them, unless they are made from `demonstrations`.
+    """
     for library in ("OMP", "OPENBLAS", "MKL"):  # the workers' matrices are too small for threads
         os.environ[f"{library}_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (task,))
+    options = (read_demonstrations(demonstrations), seed) if demonstrations else ()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (task, *options))
     pending = deque()
     try:
         for index in count():
             pending.append(pool.submit(_rollout, seed, index))
             if len(pending) == 2 * workers:
-                yield pending.popleft().result()
+                if (rows := pending.popleft().result()) is None:
+                    return
+                yield rows
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -579,24 +712,36 @@ def to_minari(path: Path, rows: Rows, about: dict[str, Any]) -> None:
 LAYOUTS = {"hdf5": to_hdf5, "npz": to_npz, "minari": to_minari}
 
 
-def write_dataset(path: Path, task: str, transitions: int, seed: int, workers: int) -> None:
+def write_dataset(
+    path: Path,
+    task: str,
+    transitions: int,
+    seed: int,
+    workers: int,
+    demonstrations: Path | None = None,
+) -> int:
     """Write a dataset of `task` to `path`, all at once when it is whole.
 
-    Raises OSError where that fails, and KeyboardInterrupt after a signal.
+    Returns how many rollouts were left out. Raises OSError where that fails, and KeyboardInterrupt
+    after a signal.
     """
-    recipe, parts, missing = recipe_of(task), [], transitions
-    with tqdm(total=transitions, mininterval=1, unit="row") as bar:
-        for rows in rollouts(task, seed, workers):
+    recipe, parts, missing, left_out = recipe_of(task), [], transitions, 0
+    with tqdm(total=None if demonstrations else transitions, mininterval=1, unit="row") as bar:
+        for rows in rollouts(task, seed, workers, demonstrations):
             if _stopped.is_set():
                 raise KeyboardInterrupt
+            if not rows:
+                left_out += 1
+                continue
             parts.append({name: array[:missing] for name, array in rows.items()})
             size = len(parts[-1]["terminals"])
             missing -= size
             bar.update(size)
             if missing == 0:
                 break
+    source = f" --demonstrations {demonstrations.name}" if demonstrations else ""
     about = dict(
-        command=f"tools/make_dataset.py {task} --transitions {transitions} --seed {seed}",
+        command=f"tools/make_dataset.py {task} --transitions {transitions} --seed {seed}{source}",
         recipe=__doc__,
         task=task,
         seed=seed,
@@ -612,6 +757,7 @@ def write_dataset(path: Path, task: str, transitions: int, seed: int, workers: i
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    return left_out
 
 
 def summary(path: Path, name: str) -> str:
@@ -625,11 +771,14 @@ def summary(path: Path, name: str) -> str:
     ends = ends | (rows["terminals"] & (recipe.layout == "hdf5"))
     size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
     starts = np.flatnonzero(np.r_[True, ends[:-1]])
-    solved = np.maximum.reduceat(rows["rewards"], starts) > task.failure_reward
+    goal = "the rewards are dense"
+    if task.failure_reward is not None:
+        solved = np.maximum.reduceat(rows["rewards"], starts) > task.failure_reward
+        goal = f"{np.mean(solved):.1%} of them reach the task's goal"
     return (
         f"{path}: {len(ends):,} transitions, {size / 1e6:.1f} MB\n"
         f"{len(starts):,} episodes, {len(ends) / len(starts):.0f} transitions long on average; "
-        f"{np.mean(solved):.1%} of them reach the task's goal\n"
+        f"{goal}\n"
         f"Train on it: python cal_ql.py --config_path configs/{recipe.config}.yaml --env {name} "
         f"--dataset_path {shlex.quote(str(data))}"
     )
@@ -652,6 +801,9 @@ def parse_arguments() -> argparse.Namespace:
     option("--transitions", type=int, default=1_000_000, metavar="N", help="default: 1000000")
     option("--seed", type=int, default=0, metavar="S", help="default: 0")
     option("--output", type=Path, metavar="PATH", help="default: datasets/TASK-N-seedS.SUFFIX")
+    option(
+        "--demonstrations", type=Path, metavar="PATH", help="door-v0_demos.pickle, for door tasks"
+    )
     option("--workers", type=int, default=os.cpu_count() or 1, help="default: one per core")
     args = parser.parse_args()
     if not (recipe := recipe_of(args.task)):
@@ -664,7 +816,8 @@ def parse_arguments() -> argparse.Namespace:
         if not least <= getattr(args, name) <= most:
             parser.error(f"--{name} must be {least} to {most}, not {getattr(args, name)}")
     if args.output is None:
-        name = f"{args.task}-{args.transitions}-seed{args.seed}.{recipe.layout}"
+        size = "" if args.demonstrations else f"-{args.transitions}"
+        name = f"{args.task}{size}-seed{args.seed}.{recipe.layout}"
         name = "minari" if recipe.layout == "minari" else name
         args.output = Path(os.path.relpath(ROOT / "datasets" / name))
     if not args.output.parent.is_dir():
@@ -676,6 +829,14 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"{args.path} exists; choose another --output")
     if recipe is AntMaze and not WALKER.is_file():
         parser.error(f"{WALKER}, the ant's walking policy, is missing")
+    if issubclass(recipe, Door) != bool(args.demonstrations):
+        needed = "needs" if issubclass(recipe, Door) else "takes no"
+        parser.error(f"{args.task} {needed} --demonstrations; see --help")
+    if args.demonstrations:
+        try:
+            read_demonstrations(args.demonstrations)
+        except ValueError as error:
+            parser.error(f"--demonstrations: {error}")
     return args
 
 
@@ -685,7 +846,8 @@ def main() -> int:
         signal.signal(number, lambda *_: _stopped.set())
     try:
         args.path.parent.mkdir(parents=True, exist_ok=True)
-        write_dataset(args.path, args.task, args.transitions, args.seed, args.workers)
+        how_much = args.transitions, args.seed, args.workers, args.demonstrations
+        left_out = write_dataset(args.path, args.task, *how_much)
     except KeyboardInterrupt:
         print("interrupted; nothing was saved", file=sys.stderr)
         return 130
@@ -693,6 +855,8 @@ def main() -> int:
         print(f"cannot write {args.output}: {error}", file=sys.stderr)
         return 1
     print(summary(args.path, args.task))
+    if left_out:
+        print(f"Left out: {left_out} rollouts that did not reach the goal")
     return 0
 
 
