@@ -2,9 +2,10 @@
 
     python tools/make_dataset.py antmaze-umaze-v2 --transitions 200000 --seed 0
     python tools/make_dataset.py cube-single-play-singletask-v0 --transitions 200000 --seed 0
+    python tools/make_dataset.py door-binary-v0 --demonstrations door-v0_demos.pickle
 
-Row i depends on the task, the seed and i alone, apart from the last row's end: a short file is the
-beginning of a longer one, and the number of worker processes does not matter.
+Row i depends on the task, the seed, the demonstrations if any, and i alone, apart from the last
+row's end: a short file is the beginning of a longer one, and the number of workers does not matter.
 
 For D4RL's mazes the file has D4RL's HDF5 layout, a row per transition, with the state before the
 action:
@@ -34,6 +35,14 @@ environment draws anew at every reset, or at the task's time limit.
 maze2d: D4RL's `WaypointController`, with action noise of 0.5, leads a point from one random cell to
 the next. A timeout is set where a cell has been reached, and at the task's time limit; nothing is
 terminal. The point goes on from there, and starts anew every 10,000 transitions.
+
+door: the 25 human demonstrations of github.com/aravindr93/hand_dapg (--demonstrations names its
+dapg/demonstrations/door-v0_demos.pickle) are replayed from their first states. infos/qpos,
+infos/qvel and infos/door_body_pos, in float64, allow to do so again.
+
+    door-human-v1   has them whole, each up to a timeout, as D4RL's own file
+    door-binary-v0  has those that reach the goal, up to there, and, as the Cal-QL paper describes,
+                    those that do so of 500 rollouts, without noise, of a policy cloned from all
 
 D4RL/pointmaze: the same controller and noise in Minari's copy of these mazes, from goal to goal.
 Where the point is within 0.45 of the goal, it is paid 1, the episode is truncated and the goal
@@ -533,22 +542,25 @@ class BinaryDoor(Door):
 
 
 def read_demonstrations(path: Path) -> list[dict[str, Any]]:
-    """The 25 of github.com/aravindr93/hand_dapg; raises ValueError for what are no such."""
+    """The episodes in hand_dapg's file; raises ValueError where it is not that of the door."""
     import tasks
 
+    state = frozenset(("qpos", "qvel", "door_body_pos"))
     try:
         demonstrations = tasks.unpickle(path)
-        fits = [
-            {"qpos", "qvel", "door_body_pos"} == set(one["init_state_dict"])
-            and (one["observations"].shape, one["actions"].shape[1:])
-            == ((len(one["actions"]), 39), (28,))
+        kinds = {
+            (
+                frozenset(one["init_state_dict"]),
+                one["observations"].shape[1],
+                one["actions"].shape[1],
+            )
             for one in demonstrations
-        ]
+        }
     except tasks.InputError as error:
         raise ValueError(error) from None
     except (LookupError, TypeError, AttributeError):
-        fits = []
-    if not fits or not all(fits):
+        kinds = set()
+    if kinds != {(state, 39, 28)}:
         raise ValueError(f"{path} has no demonstrations of opening a door, expected hand_dapg's")
     return demonstrations
 
@@ -739,6 +751,8 @@ def write_dataset(
             bar.update(size)
             if missing == 0:
                 break
+    if not parts:
+        raise OSError("no rollout reaches the goal")
     source = f" --demonstrations {demonstrations.name}" if demonstrations else ""
     about = dict(
         command=f"tools/make_dataset.py {task} --transitions {transitions} --seed {seed}{source}",
@@ -801,9 +815,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--transitions", type=int, default=1_000_000, metavar="N", help="default: 1000000")
     option("--seed", type=int, default=0, metavar="S", help="default: 0")
     option("--output", type=Path, metavar="PATH", help="default: datasets/TASK-N-seedS.SUFFIX")
-    option(
-        "--demonstrations", type=Path, metavar="PATH", help="door-v0_demos.pickle, for door tasks"
-    )
+    option("--demonstrations", type=Path, metavar="PATH", help="hand_dapg's door-v0_demos.pickle")
     option("--workers", type=int, default=os.cpu_count() or 1, help="default: one per core")
     args = parser.parse_args()
     if not (recipe := recipe_of(args.task)):
