@@ -308,17 +308,14 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def unpickle(path: Path) -> Any:
     """What a pickle, or an .npy file of objects, holds; raises `InputError` for all but arrays."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(6) != b"\x93NUMPY":
-                file.seek(0)
-            elif file.read(2) == b"\1\0":  # the version of a header that a pickle follows
-                np.lib.format.read_array_header_1_0(file)
-            else:
-                np.lib.format.read_array_header_2_0(file)
-            return ArrayUnpickler(file).load()
-    except Exception as error:  # a broken pickle raises whatever its bytes amount to
-        raise InputError(f"{path}: no pickle of numpy arrays ({error}); fetch it again") from None
+    with reading(path, "pickle of numpy arrays"), open(path, "rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            file.seek(0)
+        elif file.read(2) == b"\1\0":  # the version of a header that a pickle follows
+            np.lib.format.read_array_header_1_0(file)
+        else:
+            np.lib.format.read_array_header_2_0(file)
+        return ArrayUnpickler(file).load()
 
 
 # ---------------------------------------------------------------------------- gymnasium's tasks

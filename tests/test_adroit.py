@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-import d4rl_compat
-import tasks
-from cal_ql import Config, load_dataset
-from runs import InputError
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = str(ROOT), str(ROOT / "tools")
+
+import make_dataset  # noqa: E402
+
+import d4rl_compat  # noqa: E402
+import tasks  # noqa: E402
+from cal_ql import Config, load_dataset  # noqa: E402
+from runs import InputError  # noqa: E402
+
 HANDS = ["pen", "door", "relocate", "hammer"]
 KEYS = "observations", "actions", "next_observations", "rewards"
 
@@ -111,9 +115,8 @@ def digests(hands, seeds):
 
 
 def test_an_episode_follows_from_seed_and_actions_in_any_order_and_process():
-    code = "import sys; sys.path[:0] = '.', 'tests'; import test_adroit; "
-    code += f"print(*test_adroit.digests({HANDS[::-1]}, [2, 1]), sep='\\n')"
-    there = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    code = f"import test_adroit; print(*test_adroit.digests({HANDS[::-1]}, [2, 1]), sep='\\n')"
+    there = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT / "tests", text=True)
     here = digests(HANDS, [1, 2])
     assert there.splitlines() == here
     assert len({line.rpartition(" ")[2] for line in here}) == 8
@@ -201,7 +204,7 @@ CALLS = [Call(os.mkdir, "x"), Call(exec, "import os; os.mkdir('x')"), Call(np.sa
 def test_a_pickle_that_calls_something_calls_nothing(call, protocol, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.npy").write_bytes(pickle.dumps([call], protocol))
-    with pytest.raises(InputError, match=r"a.npy: no pickle .* calls \w+\.\w+"):
+    with pytest.raises(InputError, match=r"a.npy: not a whole pickle .* calls \w+\.\w+"):
         tasks.unpickle(Path("a.npy"))
     assert os.listdir() == ["a.npy"]
 
@@ -259,3 +262,90 @@ def test_bad_input_is_named_in_one_line(tmp_path):
     (tmp_path / "pen2_sparse.npy").write_bytes(pickle.dumps([]))
     with pytest.raises(InputError, match=r"not the authors' episodes \(KeyError"):
         task.rows(tmp_path)
+
+
+# ---------------------------------------------------------------------------- files that are made
+
+
+@pytest.fixture(scope="module")
+def demonstrations():
+    """Like hand_dapg's: ten steps with the door shut, and ten in which it swings to the goal."""
+    rng, episodes = np.random.default_rng(0), []
+    env = d4rl_compat.make("door-human-v1").unwrapped
+    for angle, speed in ((0.0, 0.0), (1.3, 2.0)):
+        d4rl_compat.reset(env, 0)
+        env.data.qpos[env.door_hinge_did], env.data.qvel[env.door_hinge_did] = angle, speed
+        columns = {"observations": rng.normal(size=(10, 39)), "rewards": np.zeros(10)}
+        columns |= {"actions": rng.uniform(-1.3, 1.3, (10, 28))}
+        episodes.append({**columns, "init_state_dict": env.get_env_state()})
+    return episodes
+
+
+def replay(demonstration):
+    """Observations, rewards and goals of D4RL's environment, as arrays."""
+    env, found = d4rl_compat.make("door-human-v1").unwrapped, []
+    d4rl_compat.reset(env, 0)
+    env.set_env_state(demonstration["init_state_dict"])
+    for action in demonstration["actions"].clip(-1, 1).astype(np.float32):
+        observation = env.get_obs().astype(np.float32)
+        _, reward, _, info = env.step(action)
+        found.append((observation, np.float32(reward), info["goal_achieved"]))
+    return map(np.array, zip(*found))
+
+
+def rollouts(recipe):
+    """The recipe's rollouts 0 to 3, made in another order."""
+    made = {i: recipe.rollout(np.random.SeedSequence((0, i))) for i in (2, 1, 3, 0)}
+    return [made[i] for i in range(4)]
+
+
+def test_made_files_hold_what_d4rls_environment_makes_of_demonstrations(
+    demonstrations, monkeypatch
+):
+    monkeypatch.setattr(make_dataset, "CLONE_UPDATES", 3)
+    monkeypatch.setattr(make_dataset, "CLONE_ROLLOUTS", 1)
+    *human, end, _ = rollouts(make_dataset.Door("door-human-v1", demonstrations, 0))
+    assert end is None and len(human) == 2
+    for rows, demonstration in zip(human, demonstrations):
+        observations, rewards, goals = replay(demonstration)
+        np.testing.assert_array_equal(rows["observations"], observations)
+        np.testing.assert_array_equal(rows["rewards"], rewards)
+        assert rows["timeouts"].tolist() == [False] * 9 + [True] and not rows["terminals"].any()
+    failed, rows, cloned, end = rollouts(
+        make_dataset.BinaryDoor("door-binary-v0", demonstrations, 0)
+    )
+    length = np.flatnonzero(goals)[0] + 1
+    assert 1 < length < 10 and failed == cloned == {} and end is None
+    assert rows["rewards"].tolist() == [-1] * (length - 1) + [0]
+    np.testing.assert_array_equal(rows["observations"], observations[:length])
+    np.testing.assert_array_equal(rows["terminals"], goals[:length])
+    for row in range(length):  # from each state that it holds
+        state = {name: rows[f"infos/{name}"][row] for name in ("qpos", "qvel", "door_body_pos")}
+        one = {"init_state_dict": state, "actions": rows["actions"][row : row + 1]}
+        assert list(replay(one))[2].tolist() == [rows["rewards"][row] == 0]
+
+
+def test_the_clone_acts_as_the_demonstrations_and_by_the_seed(demonstrations, monkeypatch):
+    monkeypatch.setattr(make_dataset, "CLONE_UPDATES", 150)
+    one, same, other = (make_dataset.clone(demonstrations, seed) for seed in (0, 0, 1))
+    states = demonstrations[0]["observations"]
+    np.testing.assert_array_equal(one(states[0]), same(states[0]))
+    assert (one(states[0]) != other(states[0])).any()
+    error = one(states) - demonstrations[0]["actions"].clip(-1, 1)
+    assert np.abs(error).mean() < 0.2  # as 0.5 without learning
+
+
+def test_make_dataset_runs_nothing_and_takes_no_other_demonstrations(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "door-v0_demos.pickle"
+    monkeypatch.chdir(tmp_path)
+    for contents, complaint in (
+        ([Call(os.mkdir, "ran")], "calls posix.mkdir"),
+        ([{"init_state_dict": {"board_pos": np.zeros(3)}}], "no demonstrations of opening a door"),
+    ):
+        path.write_bytes(pickle.dumps(contents))
+        argv = ["make_dataset.py", "door-binary-v0", "--demonstrations", path.name, "--output", "a"]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit, match="2"):
+            make_dataset.main()
+        error = capsys.readouterr().err
+        assert complaint in error and error.count("\n") == 1 and os.listdir() == [path.name]
