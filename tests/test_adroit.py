@@ -126,12 +126,12 @@ def test_an_episode_follows_from_seed_and_actions_in_any_order_and_process():
 
 
 def authors_episode(rng, rewards, demonstrated):
-    """As theirs: demonstrations have dicts for observations and one reward more than those."""
+    """As theirs: demonstrations have dicts for observations, and one reward too many."""
     n = len(rewards)
     states = rng.normal(size=(n + 1, 39))
     episode = {"actions": rng.uniform(-1.3, 1.3, (n, 28)), "env_infos": [{"time": np.float64(0)}]}
     columns = {"observations": states[:-1], "next_observations": states[1:]}
-    episode |= {"terminals": np.zeros(n), "rewards": np.append(rewards, -1.0)}
+    episode |= {"terminals": np.zeros(n), "rewards": np.append(rewards, 0.0)}
     if demonstrated:
         columns = {k: [{"state_observation": s} for s in v] for k, v in columns.items()}
     else:
