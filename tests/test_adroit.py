@@ -107,7 +107,7 @@ def digests(hands, seeds):
         task = tasks.make(f"{hand}-binary-v0")
         for seed in seeds:
             digest = hashlib.sha256(task.reset(seed))
-            for action in np.random.default_rng(seed).uniform(-1, 1, (30, task.action_dim)):
+            for action in np.random.default_rng(0).uniform(-1, 1, (30, task.action_dim)):
                 observation, *rest = task.step(action)
                 digest.update(observation.tobytes() + repr(rest).encode())
             found.append(f"{hand} {seed} {digest.hexdigest()}")
