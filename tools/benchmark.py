@@ -12,7 +12,6 @@ products of a hidden layer of the critics (forward, gradient of the input, gradi
 written to memory that is there already; whole or in pieces, whichever is faster).
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -34,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
 import runs
 import tasks
+from tools.command_line import Parser, one_line_errors
 
 
 def seconds(work: Callable, device: torch.device, count: int = 1) -> float:
@@ -169,7 +169,9 @@ def kernels(config: cal_ql.Config, task: tasks.Task, compiled: bool) -> int:
 # ---------------------------------------------------------------------------- the loops
 
 
-def train_steps(run: cal_ql.Run, log: cal_ql.Log, stop: runs.StopSignals, n: int, online: bool):
+def train_steps(
+    run: cal_ql.Run, log: cal_ql.Log, stop: runs.StopSignals, n: int, online: bool
+) -> None:
     """n steps of the real loop, between two evaluations and two episodes."""
     lengths = {"offline_iterations": 0 if online else n + 1}
     lengths["online_iterations"] = n + 1 if online else 0
@@ -235,8 +237,15 @@ def buffer_bytes(rows: cal_ql.Batch) -> int:
     return sum(storages.values())
 
 
-def benchmark(config: cal_ql.Config, repeats: int) -> dict[str, object]:
+def benchmark(
+    config: cal_ql.Config, repeats: int, transitions: int = 0, count_kernels: bool = False
+) -> dict[str, object]:
+    """All figures by name. Without a `dataset_path` it trains on random `transitions`."""
     device, task = cal_ql.resolve_device(config), tasks.make(config.env)
+    if config.dataset_path is None:
+        path = Path(config.checkpoints_path) / "random.hdf5"
+        write_random_data(path, task, transitions)
+        config = dataclasses.replace(config, dataset_path=str(path))
     start = time.perf_counter()
     run = cal_ql.Run(config, device, task, Path(config.dataset_path))
 
@@ -258,6 +267,7 @@ def benchmark(config: cal_ql.Config, repeats: int) -> dict[str, object]:
     rows = len(run.dataset.transitions)
     rates = evaluation_rates(run, repeats)
     cuda = device.type == "cuda"
+    compiled = {"eager": False, "compiled": True} if count_kernels else {}
     return {
         "processor": runs.provenance()["processor"],
         "threads": torch.get_num_threads(),
@@ -281,36 +291,29 @@ def benchmark(config: cal_ql.Config, repeats: int) -> dict[str, object]:
         "both buffers, GB": (offline + buffer_bytes(run.online.rows)) / 1e9,
         "peak memory of the process, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         **({"peak memory of the GPU, GB": torch.cuda.max_memory_allocated() / 1e9} if cuda else {}),
+        **{f"kernels an update, {k}": kernels(config, task, v) for k, v in compiled.items()},
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+@one_line_errors
+def main() -> None:
+    parser = Parser(__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--transitions", type=int, default=1_000_000, help="of random data")
     args, options = parser.parse_known_args()
-    try:
-        config = cal_ql.parse_config(options)
-        with tempfile.TemporaryDirectory() as directory:
-            config = dataclasses.replace(config, checkpoints_path=directory, log_freq=10)
-            task = tasks.make(config.env)
-            if config.dataset_path is None:
-                path = Path(directory) / "random.hdf5"
-                write_random_data(path, task, args.transitions)
-                config = dataclasses.replace(config, dataset_path=str(path))
-            found = benchmark(config, args.repeats)
-            found["kernels an update, eager"] = kernels(config, task, compiled=False)
-            found["kernels an update, compiled"] = kernels(config, task, compiled=True)
-    except (runs.InputError, runs.RunError) as error:
-        print("benchmark.py: error:", *str(error).split(), file=sys.stderr)  # one line
-        return 2
+    for name, least in (("repeats", 1), ("transitions", 2)):
+        if (found := getattr(args, name)) < least:
+            raise runs.InputError(f"{name}: found {found}, expected {least} or more")
+    config = cal_ql.parse_config(options)
+    with tempfile.TemporaryDirectory() as directory:
+        config = dataclasses.replace(config, checkpoints_path=directory, log_freq=10)
+        figures = benchmark(config, args.repeats, args.transitions, count_kernels=True)
     if args.json:
-        print(json.dumps(found))
-        return 0
-    for name, value in found.items():
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
         print(f"| {name} | {value if isinstance(value, str) else f'{value:,.4g}'} |")
-    return 0
 
 
 if __name__ == "__main__":
