@@ -1,4 +1,4 @@
-"""configs/sweeps/ by W&B's own commands, against a stand-in for its server on this machine."""
+"""W&B's own commands on sweeps and on runs recorded offline, against a stand-in for its server."""
 
 from __future__ import annotations
 
@@ -15,28 +15,19 @@ from typing import Any
 
 import pytest
 import yaml
+from test_cli import SMALL, call, write_dataset
 from wandb_server import Server
 
+import cal_ql
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import cal_ql  # noqa: E402
-
-TINY = {
-    "env": "maze2d-umaze-v1",
-    "dataset_path": f"{ROOT}/datasets/maze2d-umaze-v1-small.hdf5",
-    "device": "cpu",
-    "offline_iterations": 100,
-    "online_iterations": 100,
-    "eval_freq": 100,
-    "checkpoint_freq": 10,
-    "n_episodes": 1,
-    "log_freq": 10,
-    "eval_workers": 1,
-    "hidden_dim": 8,
-    "batch_size": 16,
-    "cql_n_actions": 2,
-}
+FAST = [*SMALL, *"--env maze2d-open-v0 --eval_freq 100000".split()]  # episodes of 150 steps
+WANDB = """import sys
+from wandb import wandb_agent
+from wandb.cli.cli import cli
+wandb_agent.Agent.POLL_INTERVAL = 0.2  # seconds, instead of 5
+for command in sys.argv[1].splitlines():
+    cli(command.split(), standalone_mode=False)"""
 
 
 @pytest.fixture
@@ -45,145 +36,140 @@ def server() -> Iterator[Server]:
         yield server
 
 
-def start(folder: Path, server: Server, *command: str, **env: str) -> Any:
-    """`wandb COMMAND` in `folder` as a process; what it and its runs print goes to `log`."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | env
+def start(folder: Path, server: Server, *commands: str) -> subprocess.Popen:
+    """`wandb COMMAND` of each in turn, in `folder`; what they and their runs print is in `log`."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     env |= {"HOME": str(folder), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
-    with open(folder / "log", "a") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "wandb", *command],
-            cwd=folder,
-            env=env | server.env,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-        )
-
-
-def create_sweep(folder: Path, server: Server, file: Path) -> str:
-    """The path of a new sweep, as `wandb sweep` prints it for `wandb agent`."""
-    process = start(folder, server, "sweep", "--project", "p", str(file))
-    assert process.wait(60) == 0, (folder / "log").read_text()
-    return (folder / "log").read_text().split("wandb agent ")[-1].strip()
+    env |= {"WANDB_AGENT_DISABLE_FLAPPING": "true", **server.env}
+    env["WANDB__FILE_STREAM_TRANSMIT_INTERVAL"] = "0.5"  # seconds, instead of 15
+    arguments = [sys.executable, "-c", WANDB, "\n".join(commands)]
+    with open(folder / "log", "a") as log:
+        return subprocess.Popen(arguments, cwd=folder, env=env, stdout=log, stderr=log)
 
 
 def wait_for(holds: Callable[[], Any], what: str) -> Any:
     """What `holds` returns as soon as that is true."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not (found := holds()):
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.05)
     return found
 
 
-def processes(part: str) -> list[tuple[int, int]]:
-    """Ids of live processes with `part` in their command line, and of their parents."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            command = (stat.parent / "cmdline").read_text()
-        except OSError:  # it has just ended
-            continue
-        if part in command and state != "Z":
-            found.append((int(stat.parent.name), int(parent)))
-    return found
-
-
-def checkpoints(folder: Path, seed: int) -> list[Path]:
-    return list(folder.glob(f"runs/*-seed{seed}-*/checkpoint_*.pt"))
+def processes_of(agent: subprocess.Popen) -> list[int]:
+    """Those of the run that it has started."""
+    try:
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        commands = {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in children}
+    except FileNotFoundError:  # one has just ended
+        return []
+    return [child for child, command in commands.items() if "cal_ql.py" in command]
 
 
 def test_runs_of_a_sweep_survive_their_agent_and_agents_their_runs(
     tmp_path: Path, server: Server
 ) -> None:
-    configs = [str(tmp_path / name) for name in ("short", "bad", "long")]
-    changes = [{}, {"batch_size": 0}, {"seed": 1, "online_iterations": 1_000_000}]
-    for name, changed in zip(configs, changes):
-        Path(name).write_text(yaml.dump(TINY | changed))
-    sweep_file = tmp_path / "sweep.yaml"
-    parameters = {"config_path": {"values": configs}, "checkpoints_path": {"value": "runs"}}
-    sweep = {"program": f"{ROOT}/cal_ql.py", "method": "grid", "parameters": parameters}
-    sweep_file.write_text(yaml.dump(sweep))
-    path = create_sweep(tmp_path, server, sweep_file)
-    (short, bad, long) = server.runs.values()
-    patient = {"WANDB_AGENT_DISABLE_FLAPPING": "true"}
+    write_dataset(tmp_path / "data.hdf5")
+    options = [*FAST, *"--online_iterations 1000000 --checkpoint_freq 10".split()]
+    sweep = {
+        "program": f"{ROOT}/cal_ql.py",
+        "method": "grid",
+        "parameters": {"checkpoints_path": {"values": ["runs", ""]}},  # the second is an error
+        "command": ["python", "${program}", *options, "${args}"],
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.dump(sweep))
+    assert start(tmp_path, server, "sweep --project p sweep.yaml").wait(60) == 0
+    good, bad = server.runs.values()
     agents, orphan = [], 0
+    log = (tmp_path / "log").read_text
     try:
-        # two agents take a run each
-        agents = [start(tmp_path, server, "agent", path, **patient) for _ in range(2)]
-        wait_for(lambda: checkpoints(tmp_path, seed=0), "a checkpoint of the first run")
-        parents = [agent.pid for agent in agents]
-        ((orphan, parent),) = [two for two in processes(configs[0]) if two[1] in parents]
-        killed, other = sorted(agents, key=lambda agent: agent.pid != parent)
+        # two agents take a run each; that of one ends with an error, and the agent goes on
+        agents = [start(tmp_path, server, "agent me/p/sweep0") for _ in range(2)]
+        wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint_*.pt")), "a checkpoint")
+        wait_for(lambda: bad.state == "failed", "the error of the other run")
+        assert "cal_ql.py: error: checkpoints_path: found ''" in log()
+        killed, other = sorted(agents, key=lambda agent: not processes_of(agent))
+        assert good.agents != bad.agents and other.poll() is None
 
-        # one agent is killed, and its run lives on, held up here so that it does not end too early
+        # one agent is killed and its run lives on: another start of it is refused
+        (orphan,) = processes_of(killed)
         killed.kill()
         killed.wait()
-        os.kill(orphan, signal.SIGSTOP)
+        os.kill(orphan, signal.SIGSTOP)  # so that it takes nobody's time
+        good.state = "pending"
+        wait_for(lambda: good.state == "failed", "the refusal of the second start")
+        assert "another process runs in" in log() and processes_of(other) == []
 
-        # the other's run ends with an error, and it takes the next; the server stops that, it saves
-        wait_for(lambda: checkpoints(tmp_path, seed=1), "a checkpoint of the last run")
-        assert bad.state == "failed"
-        assert "cal_ql.py: error: batch_size" in (tmp_path / "log").read_text()
-        assert short.agents != bad.agents == long.agents
-        long.stop = True
-        wait_for(lambda: long.state != "running", "the end of the stopped run")
-        assert "SIGTERM" in (tmp_path / "log").read_text()
-        assert other.poll() is None
-
-        # a start of the first run is refused while that lives
-        short.state = "pending"
-        wait_for(lambda: short.state == "failed", "the refusal of the second start")
-        assert "another process runs in" in (tmp_path / "log").read_text()
+        # it ends, and the next start continues it, until the server stops that early
         os.kill(orphan, signal.SIGCONT)
         os.kill(orphan, signal.SIGTERM)
-        wait_for(lambda: not any(pid == orphan for pid, _ in processes("")), "its end")
-
-        # a new agent continues it
+        wait_for(lambda: log().count("by SIGTERM") == 1, "the end of the first start")
+        good.state = "pending"
+        starts = re.compile(r"starting at step (\d+) of").findall
+        first, second = wait_for(lambda: len(starts(log())) > 1 and starts(log()), "the third")
+        assert int(first) == 0 < int(second)
+        known = len(good.history)
+        wait_for(lambda: len(good.history) > known, "its records")
+        good.stop = True
+        wait_for(lambda: log().count("by SIGTERM") == 2, "its end")
         server.closing = True
         assert other.wait(60) == 0
-        short.state = "pending"
-        agents.append(start(tmp_path, server, "agent", path, **patient))
-        assert agents[-1].wait(120) == 0
     finally:
-        for process in agents:
-            process.kill()
-        for pid, _ in processes(str(tmp_path)):
-            os.kill(pid, signal.SIGKILL)
+        for pid in [orphan, *(pid for agent in agents for pid in processes_of(agent))]:
+            if pid and Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+        for agent in agents:
+            agent.kill()
 
-    assert short.state == "finished"
-    starts = re.findall(r"starting at step (\d+) of 200$", (tmp_path / "log").read_text(), re.M)
-    assert starts[0] == "0" and int(starts[1]) > 0 and len(starts) == 2
-    (run,) = tmp_path.glob("runs/*-seed0-*")
-    assert (run / "wandb_id").read_text() == short.id
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [record["step"] for record in records]
-    assert steps == sorted(steps) and steps[-1] == 200
-    assert {record["step"] for record in short.history} == set(steps)
+    (run,) = tmp_path.glob("runs/*")
+    assert (run / "wandb_id").read_text() == good.id and len(good.agents) == 3
+    steps = {json.loads(line)["step"] for line in (run / "metrics.jsonl").open()}
+    received = {record["step"] for record in good.history}
+    assert {step for step in steps if step <= int(second)} < received
 
 
-CAPTURE = "import json, sys; open('arguments', 'w').write(json.dumps(sys.argv[1:]))"
-
-
-@pytest.mark.parametrize("name", ["antmaze", "search", "search_gap"])
 def test_the_runs_that_our_sweeps_start(
-    name: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cal_ql.py").write_text(CAPTURE)
-    path = create_sweep(tmp_path, server, ROOT / "configs" / "sweeps" / f"{name}.yaml")
-    agent = start(tmp_path, server, "agent", "--count", "1", path)
-    assert agent.wait(60) == 0, (tmp_path / "log").read_text()
+    """Of each sweep one, by the arguments that it gets."""
+    note = "import json, os, sys; json.dump(sys.argv[1:], open(os.environ['WANDB_RUN_ID'], 'w'))"
+    (tmp_path / "cal_ql.py").write_text(note)
+    names = ["antmaze", "search", "search_gap"]
+    sweeps = [f"sweep --project p {ROOT}/configs/sweeps/{name}.yaml" for name in names]
+    agents = [f"agent --count 1 me/p/sweep{i}" for i in range(len(names))]
+    process = start(tmp_path, server, *sweeps, *agents)
+    assert process.wait(120) == 0, (tmp_path / "log").read_text()
     monkeypatch.chdir(ROOT)
-    config = cal_ql.parse_config(json.loads((tmp_path / "arguments").read_text()))
-    chosen = [json.dumps(run.args) for run in server.runs.values()]
-    assert len(set(chosen)) == len(chosen) == (60 if name == "antmaze" else 3)
-    assert config.checkpoints_path == "runs"
-    assert config.cql_alpha == config.cql_alpha_online
-    assert (config.cql_alpha == 5.0) == (name != "search")
-    assert config.cql_lagrange == (name != "search")
-    assert (config.cql_target_action_gap == 0.8) == (name != "search_gap")
-    (run,) = [run for run in server.runs.values() if run.agents]
-    for option, value in run.args.items():
-        if option != "config_path":
-            assert getattr(config, option) == value, option
+    for i, name in enumerate(names):
+        chosen = server.sweeps[f"sweep{i}"].runs
+        assert len({json.dumps(run.args) for run in chosen}) == len(chosen)
+        assert len(chosen) == (60 if name == "antmaze" else 3)
+        (run,) = [run for run in chosen if run.agents]
+        config = cal_ql.parse_config(json.loads((tmp_path / run.id).read_text()))
+        assert config.checkpoints_path == "runs"
+        assert config.cql_alpha == config.cql_alpha_online
+        assert (config.cql_alpha == 5.0) == (name != "search")
+        assert config.cql_lagrange == (name != "search")
+        assert (config.cql_target_action_gap == 0.8) == (name != "search_gap")
+        for option, value in run.args.items():
+            assert option == "config_path" or getattr(config, option) == value, option
+
+
+def test_the_newest_offline_directory_alone_brings_every_record_home(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "data.hdf5")
+    for n in (0, 10, 20):  # each start goes on where the one before ended
+        assert call(*FAST, "--checkpoints_path", "runs", "--online_iterations", n).returncode == 0
+    (run,) = tmp_path.glob("runs/*")
+    directories = sorted(run.glob("wandb/offline-run-*"))
+    run_id = (run / "wandb_id").read_text()
+    assert [path.name.rpartition("-")[2] for path in directories] == [run_id] * 3
+    process = start(tmp_path, server, f"sync {directories[-1]}")
+    assert process.wait(60) == 0, (tmp_path / "log").read_text()
+    (received,) = server.runs.values()
+    history = [{k: v for k, v in row.items() if k[0] != "_"} for row in received.history]
+    assert received.id == run_id
+    assert history == [json.loads(line) for line in (run / "metrics.jsonl").open()]
