@@ -1,6 +1,8 @@
 # One run in a container, with the folder /data for everything that it reads and writes:
 #     docker build -t cal-ql .
+#     mkdir -p data    # else Docker makes it, as root's
 #     docker run --gpus all -v $PWD/data:/data cal-ql --config_path configs/antmaze.yaml --seed 1
+# The run is user 1000's; who is another adds --user $(id -u).
 FROM python:3.11-slim-bookworm
 
 # g++: torch.compile and Triton compile on first use; OSMesa and EGL: evaluate.py --video.
