@@ -645,21 +645,12 @@ class OGBench(GymnasiumTask):
         Each goal state is terminal, also where the recording goes on, and each recording's last
         row a timeout. Actions stop short of the bounds, where the policy has no density.
         """
-        try:
-            with silence():
-                raw = self.ogbench.load_dataset(path, compact_dataset=True, add_info=True)
-                self.check_positions(raw["qpos"], path)
-                self.ogbench.relabel_utils.relabel_dataset(self.env.spec.id, self.env, raw)
-        except MemoryError as error:
-            raise InputError(f"dataset {path}: too little memory to read it ({error})") from None
-        except InputError:
-            raise
-        except Exception as error:  # numpy, zipfile and zlib raise whatever they meet
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise InputError(
-                f"dataset {path}: not a whole .npz file in OGBench's layout ({reason}); delete it "
-                "and fetch or make it again"
-            ) from None
+        kind = ".npz file in OGBench's layout"
+        with reading(path, kind), silence():
+            raw = self.ogbench.load_dataset(path, compact_dataset=True, add_info=True)
+        self.check_positions(raw.get("qpos", np.empty(0)), path)
+        with reading(path, kind), silence():
+            self.ogbench.relabel_utils.relabel_dataset(self.env.spec.id, self.env, raw)
         rows = {key: raw[key] for key in ("observations", "actions", "rewards")}
         rows |= {"terminals": raw["masks"] == 0, "timeouts": raw["valids"] == 0}
         rows = check_rows(rows, self, path)
