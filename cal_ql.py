@@ -1145,11 +1145,11 @@ def start(config: Config, stop: StopSignals) -> None:
         device, task = resolve_device(config), tasks.make(config.env, config.dataset_path)
         run = Run(config, device, task, task.data_file(config.dataset_path))
         log = Log(config, run.directory, run.step)
-    patience = 1.0  # seconds for W&B's last records, when there is a hurry
     try:
         try:
             train(run, log, stop)
-            patience = 60.0
+            with stop.at_once():
+                log.close(patience=60.0)
         except (Stop, EnvironmentFailure):
             run.save()
             raise
@@ -1159,7 +1159,7 @@ def start(config: Config, stop: StopSignals) -> None:
         raise RunError(f"{error}; {last}") from error
     finally:
         run.evaluator.close()
-        log.close(patience)
+        log.close(patience=1.0)  # there is a hurry, or it is closed already
 
 
 def main() -> int:

@@ -332,7 +332,7 @@ def _import_d4rl() -> tuple[types.ModuleType, types.ModuleType]:
     skipped = {"d4rl.gym_bullet", "d4rl.pointmaze_bullet"} - set(sys.modules)
     sys.modules.update(dict.fromkeys(skipped))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mock.patch.object(os, "makedirs", _try_makedirs):
             warnings.simplefilter("ignore")
             import d4rl
             import gym
@@ -346,6 +346,12 @@ def _import_d4rl() -> tuple[types.ModuleType, types.ModuleType]:
     d4rl.offline_env.tqdm = lambda items, **_: items  # "load datafile"
     d4rl.locomotion.maze_env.print = _no_print  # "Target Goal" at every reset
     return gym, d4rl.locomotion.maze_env
+
+
+def _try_makedirs(*args: Any, makedirs: Any = os.makedirs, **kwargs: Any) -> None:
+    """For D4RL, which makes its folder for data at once: it may be on a disk that is read-only."""
+    with contextlib.suppress(OSError):
+        makedirs(*args, **kwargs)
 
 
 def _update_kitchen() -> None:

@@ -22,6 +22,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -140,6 +141,12 @@ class ConfigParser(pyrallis.argparsing.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists the options)")
+
+    def parse_known_args(self, args: Optional[list[str]] = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else args
+        if {"-h", "--help"} & set(args):  # pyrallis would refuse the values that stand beside it
+            args = ["--help"]
+        return super().parse_known_args(args, namespace)
 
     def _postprocessing(self, parsed: argparse.Namespace) -> Any:
         given, kinds = vars(parsed), self.config_class.__annotations__
@@ -473,6 +480,11 @@ class Wandb:
     def close(self, patience: float) -> None:
         """Let it send what is left, for at most `patience` seconds."""
         if self.run:
-            thread = threading.Thread(target=self.run.finish, daemon=True)
+            thread = threading.Thread(target=self.finish, args=(self.run,), daemon=True)
+            self.run = None
             thread.start()
             thread.join(patience)
+
+    def finish(self, run: Any) -> None:
+        with contextlib.suppress(Exception):  # a signal to the whole group ends its process first
+            run.finish()
