@@ -297,15 +297,19 @@ class RunDirectory:
 
     def begin(self, config: Any, step: int) -> None:
         """Note this start, and say where it differs from the last one in what rounds numbers."""
-        (self.path / "config.yaml").write_text(pyrallis.dump(config))
         starts, now = self.path / "starts.jsonl", provenance()
-        if step and starts.exists():
-            last = json.loads(starts.read_text().splitlines()[-1])
+        try:
+            (self.path / "config.yaml").write_text(pyrallis.dump(config))
+            earlier = starts.read_text().splitlines() if step and starts.exists() else []
+            with open(starts, "a") as file:
+                file.write(json.dumps({"step": step, **now}) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write in {self.path} ({error})") from None
+        with contextlib.suppress(ValueError, IndexError):  # a line that was never whole
+            last = json.loads(earlier[-1])
             changed = [f"{k} {last[k]} -> {now[k]}" for k in now if last[k] != now[k]]
             if changed:
                 print(f"resuming with {', '.join(changed)}: numbers may differ in their last bits")
-        with open(starts, "a") as file:
-            file.write(json.dumps({"step": step, **now}) + "\n")
 
     def discard_unless_begun(self) -> None:
         """Wrong input leaves nothing behind."""

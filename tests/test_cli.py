@@ -10,6 +10,7 @@ import io
 import math
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -102,6 +103,17 @@ def only_run(path: Path) -> Path:
 def newest(path: Path) -> Path:
     """Last checkpoint of that run."""
     return max(only_run(path).glob("checkpoint_*.pt"), key=lambda file: int(file.stem[11:]))
+
+
+@contextlib.contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """Within, no file may grow beyond so many bytes: OSError, as from a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

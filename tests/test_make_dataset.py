@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from test_cli import file_size_limit
 
 import d4rl_compat
 from tools import make_dataset
@@ -260,12 +260,10 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing_behind(
     options = [ANT, "--transitions", "5000", "--output", "a.hdf5"]
     monkeypatch.setattr(sys, "argv", ["make_dataset.py", *options])
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        assert make_dataset.main() == 1
+        with file_size_limit(50_000):
+            assert make_dataset.main() == 1
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         for number, handler in handlers:
             signal.signal(number, handler)
     assert capsys.readouterr().err.splitlines()[-1].startswith("cannot write a.hdf5: ")
