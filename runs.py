@@ -451,19 +451,21 @@ class Wandb:
                 self.run = wandb.init(**options | offline)
             self.run.define_metric("*", step_metric="step")
             if directory:
-                (directory.path / "wandb_id").write_text(self.run.id)
+                with contextlib.suppress(IsADirectoryError):  # `known_id` has said so
+                    (directory.path / "wandb_id").write_text(self.run.id)
         except Exception as error:  # nothing of it is worth a run
             print("W&B fails, metrics.jsonl is written all the same:", *str(error).split())
         for record in directory.records() if directory else []:
             self.send(record)
 
     def known_id(self, directory: RunDirectory) -> Optional[str]:
+        path = directory.path / "wandb_id"
         try:
-            return (directory.path / "wandb_id").read_text().strip() or None
+            return path.read_text().strip() or None
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            print(f"W&B: cannot read the run's id, so it gets a new one ({error})")
+            print(f"W&B: cannot read {path}, so the run gets a new id ({error})")
             return None
 
     def send(self, record: dict[str, Any]) -> None:

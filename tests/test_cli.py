@@ -40,22 +40,30 @@ SMALL = """--env maze2d-umaze-v1 --dataset_path data.hdf5 --device cpu --hidden_
     --log_freq 10""".split()
 
 
+@contextlib.contextmanager
+def kept_signals() -> Iterator[None]:
+    """Afterwards, SIGINT and SIGTERM do again what they did before."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
 def call(*args: Any) -> subprocess.CompletedProcess:
     """`python cal_ql.py ARGS` within this process, which saves the seconds of its imports."""
     out, err = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     with (
         mock.patch.object(sys, "argv", ["cal_ql.py", *map(str, args)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        kept_signals(),
     ):
         try:
             code = cal_ql.main()
         except SystemExit as end:
             code = end.code or 0
-        finally:
-            for number, handler in handlers:
-                signal.signal(number, handler)
     for stream in (out, err):
         stream.seek(0)
     return subprocess.CompletedProcess(args, code, out.read(), err.read())

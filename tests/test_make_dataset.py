@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from test_cli import file_size_limit
+from test_cli import file_size_limit, kept_signals
 
 import d4rl_compat
 from tools import make_dataset
@@ -259,13 +259,8 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing_behind(
     monkeypatch.setattr(make_dataset, "rollouts", lambda *_: iter([rows]))
     options = [ANT, "--transitions", "5000", "--output", "a.hdf5"]
     monkeypatch.setattr(sys, "argv", ["make_dataset.py", *options])
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        with file_size_limit(50_000):
-            assert make_dataset.main() == 1
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
+    with kept_signals(), file_size_limit(50_000):
+        assert make_dataset.main() == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("cannot write a.hdf5: ")
     assert not list(tmp_path.iterdir())
 
