@@ -42,61 +42,42 @@ def check(found: Sample, policy: Gaussian, noise: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0], ids=["normal noise", "noise beyond tanh's range"])
-def test_one_action_per_observation(scale):
-    policy, noise = random_policy(), scale * torch.randn(B, A, dtype=DOUBLE)
-    found = sample_actions(policy, noise)
-    check(found, policy, noise)
-    assert (found.actions.abs() == 1).any() == (scale > 1)
-
-
-def test_several_actions_per_observation():
-    policy, noise = random_policy(), torch.randn(B, N, A, dtype=DOUBLE)
+def test_sampled_actions_and_their_densities(scale):
+    policy, noise = random_policy(), scale * torch.randn(B, N, A, dtype=DOUBLE)
     found = sample_actions(policy, noise)
     assert found.actions.shape == (B, N, A) and found.log_density.shape == (B, N)
     for number in range(N):
         one = Sample(found.actions[:, number], found.log_density[:, number])
         check(one, policy, noise[:, number])
+        check(sample_actions(policy, noise[:, number]), policy, noise[:, number])
+    assert (found.actions.abs() == 1).any() == (scale > 1)
 
 
-def test_density_of_given_actions():
+@pytest.mark.parametrize("edge", [False, True])
+def test_density_of_given_actions(edge):
+    """Of those on the edge, where it is infinite, just inside."""
     policy, actions = random_policy(), torch.rand(B, A, dtype=DOUBLE) * 1.98 - 0.99
-    expected = distribution(policy).log_prob(actions)
-    torch.testing.assert_close(action_log_density(policy, actions), expected, rtol=0, atol=1e-5)
+    given = actions.sign() if edge else actions
+    expected = distribution(policy).log_prob(given.clamp(-1 + 1e-6, 1 - 1e-6))
+    torch.testing.assert_close(action_log_density(policy, given), expected, rtol=0, atol=1e-5)
 
 
-def test_density_of_actions_on_the_edge_is_that_just_inside():
-    policy = random_policy()
-    edge = torch.randint(0, 2, (B, A)).to(DOUBLE) * 2 - 1
-    expected = distribution(policy).log_prob(edge * (1 - 1e-6))
-    torch.testing.assert_close(action_log_density(policy, edge), expected, rtol=0, atol=1e-5)
-
-
-def test_density_and_gradient_on_the_edge_are_finite_in_float32():
+@pytest.mark.parametrize("sampled", [True, False])
+def test_densities_and_gradients_on_the_edge_are_finite_in_float32(sampled):
+    """Where tanh rounds to 1, the density of a sample must not be taken from the action."""
     policy = Gaussian(*(x.requires_grad_() for x in random_policy(torch.float32)))
-    edge = torch.tensor([1.0, -1.0, 1.0]).expand(B, A)
-    found = action_log_density(policy, edge)
     exact = Gaussian(*(x.detach().double() for x in policy))
-    inside = edge.clamp(-1 + 1e-6, 1 - 1e-6).double()
-    torch.testing.assert_close(
-        found.double(), distribution(exact).log_prob(inside), rtol=1e-4, atol=0
-    )
+    noise, expected = 40 * torch.randn(B, A), distribution(exact)
+    if sampled:
+        found = sample_actions(policy, noise).log_density
+        actions = expected.transforms[0](exact.mean + exact.log_std.exp() * noise.double())
+        assert (actions.float().abs() == 1).any()
+    else:
+        found = action_log_density(policy, noise.sign())
+        actions = noise.sign().clamp(-1 + 1e-6, 1 - 1e-6).double()
+    wanted = expected.log_prob(actions)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
     gradients = torch.autograd.grad(found.sum(), policy)
-    assert all(gradient.isfinite().all() for gradient in gradients)
-
-
-def test_saturated_samples_are_finite_in_float32():
-    """Where tanh rounds to 1, the density must not be taken from the action."""
-    policy = Gaussian(*(x.requires_grad_() for x in random_policy(torch.float32)))
-    noise = 40 * torch.randn(B, A)
-    found = sample_actions(policy, noise)
-    assert (found.actions.abs() == 1).any()
-    exact = Gaussian(*(x.detach().double() for x in policy))
-    expected = distribution(exact)
-    actions = expected.transforms[0](exact.mean + exact.log_std.exp() * noise.double())
-    torch.testing.assert_close(
-        found.log_density.double(), expected.log_prob(actions), rtol=1e-5, atol=1e-4
-    )
-    gradients = torch.autograd.grad(found.log_density.sum(), policy)
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 

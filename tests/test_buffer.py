@@ -61,6 +61,9 @@ def test_ring_of_episodes(capacity, lengths):
         n += length
         found = Batch(*(column[: len(ring)] for column in buffer.rows))
         assert_equal(found, transitions([ring[place] for place in range(len(ring))]))
+    resumed = empty_buffer(capacity)
+    resumed.add(transitions(range(n)))  # all at once
+    assert_equal(resumed.rows, buffer.rows)
     drawn = buffer.sample(200).observations[:, 0].int().tolist()
     assert set(drawn) <= set(ring.values())
 
