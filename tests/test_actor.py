@@ -1,4 +1,4 @@
-"""The policy's densities against torch.distributions, and how the networks start."""
+"""The policy where float32 is at its end, against torch.distributions; how the networks start."""
 
 import math
 
@@ -13,7 +13,6 @@ from cal_ql import (
     Config,
     Critic,
     Gaussian,
-    Sample,
     action_log_density,
     sample_actions,
 )
@@ -32,34 +31,6 @@ def distribution(policy: Gaussian) -> TransformedDistribution:
     """The same policy, which remembers from where tanh took an action."""
     normal = Normal(policy.mean, policy.log_std.exp())
     return TransformedDistribution(Independent(normal, 1), TanhTransform(cache_size=1))
-
-
-def check(found: Sample, policy: Gaussian, noise: torch.Tensor) -> None:
-    expected = distribution(policy)
-    actions = expected.transforms[0](policy.mean + policy.log_std.exp() * noise)
-    torch.testing.assert_close(found.actions, actions, rtol=0, atol=1e-12)
-    torch.testing.assert_close(found.log_density, expected.log_prob(actions), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("scale", [1.0, 20.0], ids=["normal noise", "noise beyond tanh's range"])
-def test_sampled_actions_and_their_densities(scale):
-    policy, noise = random_policy(), scale * torch.randn(B, N, A, dtype=DOUBLE)
-    found = sample_actions(policy, noise)
-    assert found.actions.shape == (B, N, A) and found.log_density.shape == (B, N)
-    for number in range(N):
-        one = Sample(found.actions[:, number], found.log_density[:, number])
-        check(one, policy, noise[:, number])
-        check(sample_actions(policy, noise[:, number]), policy, noise[:, number])
-    assert (found.actions.abs() == 1).any() == (scale > 1)
-
-
-@pytest.mark.parametrize("edge", [False, True])
-def test_density_of_given_actions(edge):
-    """Of those on the edge, where it is infinite, just inside."""
-    policy, actions = random_policy(), torch.rand(B, A, dtype=DOUBLE) * 1.98 - 0.99
-    given = actions.sign() if edge else actions
-    expected = distribution(policy).log_prob(given.clamp(-1 + 1e-6, 1 - 1e-6))
-    torch.testing.assert_close(action_log_density(policy, given), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampled", [True, False])
@@ -81,31 +52,11 @@ def test_densities_and_gradients_on_the_edge_are_finite_in_float32(sampled):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_density_of_one_dimension_integrates_to_one():
-    policy = Gaussian(torch.tensor([[0.3]], dtype=DOUBLE), torch.tensor([[-0.5]], dtype=DOUBLE))
-    actions = torch.linspace(-1 + 1e-5, 1 - 1e-5, 20_001, dtype=DOUBLE).unsqueeze(-1)
-    wide = Gaussian(*(x.expand(len(actions), 1) for x in policy))
-    density = action_log_density(wide, actions).exp()
-    assert torch.trapezoid(density, actions[:, 0]).item() == pytest.approx(1, abs=1e-4)
-
-
 @pytest.mark.parametrize("offset, bound", [(-100.0, -20.0), (100.0, 2.0)])
 def test_log_std_stays_within_its_bounds(offset, bound):
     actor = Actor(S, A, Config())
     actor.log_std_offset.data.fill_(offset)
     assert torch.all(actor(torch.randn(B, S)).log_std == bound)
-
-
-def test_log_std_is_scaled_and_shifted():
-    actor = Actor(S, A, Config(hidden_dim=8))
-    observations = torch.randn(B, S)
-    with torch.no_grad():
-        start = actor(observations)
-        actor.log_std_multiplier.fill_(3.0)
-        actor.log_std_offset.fill_(0.25)
-        changed = actor(observations)
-    torch.testing.assert_close(changed.mean, start.mean)
-    torch.testing.assert_close(changed.log_std, 3 * (start.log_std + 1) + 0.25)
 
 
 def layers_of(network: Actor | Critic) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -135,27 +135,6 @@ def test_door_reports_goal_achieved():
         assert (reward > 15.0) == expected  # the three bonuses for opening: 2 + 8 + 10
 
 
-def test_kitchen_rewards_each_completed_task_once():
-    env = d4rl_compat.make("kitchen-complete-v0")
-    d4rl_compat.reset(env, seed=1)
-    goals = {"microwave": (22, -0.75), "light switch": (17, -0.69), "slide cabinet": (19, 0.37)}
-    action = np.zeros(9, np.float32)
-    assert env.step(action)[1] == 0.0
-    for task, (joint, position) in goals.items():
-        assert task in innermost(env).tasks_to_complete
-        env.sim.data.qpos[joint] = position
-        env.sim.data.qvel[:] = 0.0
-        _, reward, done, info = env.step(action)
-        assert (reward, info["rewards"]["bonus"], done) == (1.0, 1.0, False)
-        assert task not in innermost(env).tasks_to_complete
-        assert env.step(action)[1] == 0.0
-    env.sim.data.qpos[23:30] = [-0.23, 0.75, 1.62, 0.99, 0.0, 0.0, -0.06]  # the kettle, last
-    env.sim.data.qvel[:] = 0.0
-    assert env.step(action)[1:3] == (1.0, True)
-    d4rl_compat.reset(env, seed=1)
-    assert len(innermost(env).tasks_to_complete) == 4
-
-
 # --------------------------------------------------------------------------------- physics
 
 
@@ -216,38 +195,6 @@ def test_old_models_are_updated_and_nothing_else_changes(tmp_path):
     np.testing.assert_array_equal(model.geom_contype, [2, 2, 2])
     volume = 4 / 3 * np.pi * 0.1**3
     np.testing.assert_allclose(model.body_mass, [0.0, 500 * volume, 50 * volume])
-
-
-def test_names_and_poses_are_mujoco_pys():
-    env = d4rl_compat.make("hammer-human-v1")
-    d4rl_compat.reset(env, seed=0)
-    model, data = env.unwrapped.model, env.unwrapped.data
-    for kind in ("body", "joint", "geom", "site", "actuator", "sensor", "camera"):
-        names = [getattr(model.raw, kind)(number).name for number in (0, 1)]
-        ids = [getattr(model, f"{kind}_name2id")(name) for name in names if name]
-        assert ids == [number for number, name in enumerate(names) if name]
-    with pytest.raises(ValueError, match="no site named 'nowhere'"):
-        model.site_name2id("nowhere")
-    raw, number = data.raw.body("nail_board"), model.body_name2id("nail_board")
-    assert raw.xpos[2] > 0.05  # the board's height is drawn at each reset
-    np.testing.assert_array_equal(data.get_body_xpos("nail_board"), raw.xpos)
-    np.testing.assert_array_equal(data.body_xpos[number], raw.xpos)
-    np.testing.assert_array_equal(data.body_xquat[number], raw.xquat)
-
-
-def test_state_round_trip():
-    env = d4rl_compat.make("halfcheetah-medium-v2")
-    d4rl_compat.reset(env, seed=0)
-    sim = env.unwrapped.sim
-    state = sim.get_state()
-    kept = state.qpos.copy()
-    env.step(np.ones(6, np.float32))
-    assert sim.data.time > 0.0
-    np.testing.assert_array_equal(state.qpos, kept)  # a copy, not a view
-    sim.set_state(state)
-    assert sim.data.time == 0.0
-    np.testing.assert_array_equal(sim.data.qpos, kept)
-    np.testing.assert_array_equal(sim.data.qvel, state.qvel)
 
 
 # --------------------------------------------------------------------------------- seeding

@@ -183,12 +183,6 @@ def test_transitions_are_those_of_d4rl_without_timeouts(path, d4rl, full, short,
     check_transitions(load(path, raw), expected)
 
 
-def test_the_length_limit_counts_from_a_terminal(path):
-    raw = record([(2, "terminal"), (LIMIT, "timeout"), (2, "cut")], columns=())
-    kept = [0, 1, 2, 3, 4, 5, 7]
-    np.testing.assert_array_equal(transitions(load(path, raw)).actions, raw["actions"][kept])
-
-
 def test_the_small_maze_file_is_read_as_d4rl_reads_it(maze, d4rl):
     raw = maze.env.get_dataset(h5path=str(SMALL_MAZE))
     expected = d4rl.qlearning_dataset(maze.env, raw)

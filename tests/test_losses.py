@@ -269,48 +269,6 @@ def test_gradients_equal_finite_differences(options, calibrated, cloning):
                 assert found == pytest.approx(expected, rel=1e-6, abs=1e-6), (loss, name, entry)
 
 
-@pytest.mark.parametrize("cloning", [False, True])
-def test_no_loss_reaches_what_it_does_not_train(cloning):
-    """The policy's loss reaches the critics, on which it is built, but no optimizer takes that."""
-    agent, batch = make_agent(cql_lagrange=True, backup_entropy=True), make_batch()
-    losses, _ = agent.losses(batch, make_noise(agent.config), CQL_ALPHA, True, cloning)
-    for loss in losses:
-        trained = trained_by(agent, loss)
-        others = {
-            name: value
-            for name, value in named_parameters(agent).items()
-            if name not in trained and not (loss == "actor" and name.startswith("critic."))
-        }
-        gradients = torch.autograd.grad(
-            losses[loss], list(others.values()), retain_graph=True, allow_unused=True
-        )
-        assert {n for n, g in zip(others, gradients) if g is not None} == set(), loss
-
-
-@pytest.mark.parametrize("cloning", [False, True])
-def test_an_update_steps_adam_by_the_gradient_of_each_loss(cloning, monkeypatch):
-    options = dict(cql_lagrange=True, bc_steps=int(cloning), policy_lr=1e-3, qf_lr=2e-3)
-    agent, batch = make_agent(**options), make_batch()
-    noise = make_noise(agent.config)
-    losses, _ = agent.losses(batch, noise, agent.config.cql_alpha, True, cloning)
-    expected, norms = {}, {}
-    for loss in losses:
-        trained, rate = trained_by(agent, loss), 2e-3 if loss in ("critic", "alpha_prime") else 1e-3
-        gradients = torch.autograd.grad(losses[loss], list(trained.values()))
-        norms[loss] = math.sqrt(sum(gradient.square().sum() for gradient in gradients))
-        for name, gradient in zip(trained, gradients):  # Adam's first step (Kingma and Ba, 2015)
-            expected[name] = trained[name].detach() - rate * gradient / (gradient.abs() + 1e-8)
-    before = {name: value.clone() for name, value in named_parameters(agent).items()}
-    monkeypatch.setattr(agent, "draw_noise", lambda: noise)
-    metrics = agent.update(batch, online=False)
-    for loss in ("critic", "actor"):
-        assert metrics[f"{loss}_gradient_norm"].item() == pytest.approx(norms[loss])
-    for name, value in named_parameters(agent).items():
-        if not name.startswith("target."):
-            wanted = expected.get(name, before[name])
-            torch.testing.assert_close(value.detach(), wanted, rtol=1e-9, atol=1e-9, msg=name)
-
-
 def test_the_batch_has_values_on_both_sides_of_the_bound():
     agent, batch = make_agent(), make_batch()
     _, metrics = agent.losses(batch, make_noise(agent.config), CQL_ALPHA, True, False)
