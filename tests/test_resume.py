@@ -339,10 +339,10 @@ def test_what_is_learned_names_a_run_and_nothing_else_does(folder: Path) -> None
     shutil.copy(data, folder / "elsewhere")
     write_dataset(folder / "elsewhere" / "other.hdf5")
     others = """--seed 1, --env antmaze-umaze-v2, --calibrate false, --reward_bias 1, --name x,
-        --eval_seed 1, --precision float32, --dataset_path elsewhere/other.hdf5""".split(", ")
+        --eval_seed 1, --precision float32, --dataset_path elsewhere/other.hdf5""".split(",")
     alike = """--device auto, --compile true, --eval_workers 3, --checkpoints_path runs,
         --resume false, --project x, --group x, --log_freq 3, --checkpoint_freq 3, --eval_freq 3,
-        --n_episodes 3, --online_iterations 3, --dataset_path elsewhere/data.hdf5""".split(", ")
+        --n_episodes 3, --online_iterations 3, --dataset_path elsewhere/data.hdf5""".split(",")
     name = cal_ql.run_name(parse(*SMALL))
     names = [cal_ql.run_name(parse(*SMALL, *options.split())) for options in others]
     assert len({name, *names}) == 1 + len(others)
@@ -357,12 +357,16 @@ def test_a_checkpoint_of_other_options_is_refused_and_they_are_named(copied: Pat
     assert contents(copied / stranger) == before
 
 
-def test_resuming_elsewhere_says_in_one_line_that_numbers_may_differ(copied: Path) -> None:
+def test_resuming_elsewhere_says_in_one_line_that_numbers_may_differ(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = runs.provenance()
+    assert here.keys() == {"commit", "torch", "processor", "threads"}
+    monkeypatch.setattr(runs, "provenance", lambda: here)  # whoever edits the code meanwhile
     starts = only_run(copied) / "starts.jsonl"
-    here = json.loads(starts.read_text())
-    assert here.keys() == {"step", "commit", "torch", "processor", "threads"}
+    starts.write_text(json.dumps({"step": 0, **here}) + "\n")
     assert "may differ" not in call(*RUN).stdout
-    starts.write_text(json.dumps({**here, "processor": "Z80", "threads": 64}) + "\n")
+    starts.write_text(json.dumps({"step": 0, **here, "processor": "Z80", "threads": 64}))
     (line,) = [line for line in call(*RUN).stdout.splitlines() if "may differ" in line]
     assert f"processor Z80 -> {here['processor']}, threads 64 -> 1" in line
     starts.write_text("")  # the disk was full, or the power went
@@ -462,21 +466,26 @@ def test_a_copied_checkpoint_is_none_of_the_runs(left_alone: Path, folder: Path)
 # ---------------------------------------------------------------------------- faults
 
 
-@pytest.mark.parametrize("full_at", ["checkpoint", "metrics", "start"])
+@pytest.mark.parametrize("full_at", ["checkpoint", "metrics"])
 def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(full_at: str, folder: Path) -> None:
     options = [*SHORT, "--log_freq", 1000]
     if full_at == "metrics":
         options += ["--log_freq", 10, "--checkpoint_freq", 1000]
     stopped_at(cal_ql.Agent, "update", 35, *options)
-    sizes = {"checkpoint": newest(folder).stat().st_size - 1, "start": 10}
+    sizes = {"checkpoint": newest(folder).stat().st_size - 1}
     sizes["metrics"] = (only_run(folder) / "metrics.jsonl").stat().st_size + 10
     with file_size_limit(sizes[full_at]):
-        line = error_line(call(*options), code=1)
-    assert str(only_run(Path())) in line
-    assert full_at == "start" or str(newest(Path())) in line
+        assert str(newest(Path())) in error_line(call(*options), code=1)
     assert newest(folder).name == "checkpoint_35.pt" and not list(folder.glob("*/*.part"))
     assert call(*options).returncode == 0
     assert newest(folder).name == "checkpoint_140.pt"
+
+
+def test_a_full_disk_at_a_start_is_one_line(copied: Path) -> None:
+    config = only_run(copied) / "config.yaml"
+    config.unlink()
+    config.symlink_to("/dev/full")
+    assert "No space left" in error_line(call(*RUN), code=1)
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(folder: Path) -> None:
