@@ -269,6 +269,24 @@ def test_gradients_equal_finite_differences(options, calibrated, cloning):
                 assert found == pytest.approx(expected, rel=1e-6, abs=1e-6), (loss, name, entry)
 
 
+@pytest.mark.parametrize("cloning", [False, True])
+def test_no_loss_reaches_what_it_does_not_train(cloning):
+    """The policy's loss reaches the critics, on which it is built, but no optimizer takes that."""
+    agent, batch = make_agent(cql_lagrange=True, backup_entropy=True), make_batch()
+    losses, _ = agent.losses(batch, make_noise(agent.config), CQL_ALPHA, True, cloning)
+    for loss in losses:
+        trained = trained_by(agent, loss)
+        others = {
+            name: value
+            for name, value in named_parameters(agent).items()
+            if name not in trained and not (loss == "actor" and name.startswith("critic."))
+        }
+        gradients = torch.autograd.grad(
+            losses[loss], list(others.values()), retain_graph=True, allow_unused=True
+        )
+        assert {n for n, g in zip(others, gradients) if g is not None} == set(), loss
+
+
 def test_the_batch_has_values_on_both_sides_of_the_bound():
     agent, batch = make_agent(), make_batch()
     _, metrics = agent.losses(batch, make_noise(agent.config), CQL_ALPHA, True, False)

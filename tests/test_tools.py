@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cal_ql
 import runs
-import tasks
 from tools import benchmark, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +119,7 @@ def test_benchmark_reports_a_run(tmp_path, monkeypatch):
     options = [*kill_test.RUN, "--online_iterations", 1000, "--checkpoints_path", tmp_path]
     config = cal_ql.parse_config(list(map(str, options)))
     with kept_signals():
-        found = benchmark.benchmark(config, tasks.make(config.env), repeats=1)
+        found = benchmark.benchmark(config, repeats=1)
     assert found["offline transitions"] == 98_913
     # float32: an observation of 4, an action of 2, three numbers; a next observation online alone
     assert found["bytes per online transition"] == 4 * (4 + 2 + 3 + 4)
