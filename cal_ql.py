@@ -732,6 +732,8 @@ def start_worker(*task: Optional[str]) -> None:
     """Begin a process that plays evaluation episodes: it ends with its parent alone."""
     global worker_task
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if not multiprocessing.parent_process().is_alive():  # it was killed before that
+        os._exit(1)
     worker_task = tasks.make(*task)
 
 

@@ -304,15 +304,19 @@ class RunDirectory:
 
     def begin(self, config: Any, step: int) -> None:
         """Note this start, and say where it differs from the last one in what rounds numbers."""
-        (self.path / "config.yaml").write_text(pyrallis.dump(config))
         starts, now = self.path / "starts.jsonl", provenance()
-        if step and starts.exists():
-            last = json.loads(starts.read_text().splitlines()[-1])
+        try:
+            (self.path / "config.yaml").write_text(pyrallis.dump(config))
+            earlier = starts.read_text().splitlines() if step and starts.exists() else []
+            with open(starts, "a") as file:
+                file.write(json.dumps({"step": step, **now}) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write in {self.path} ({error})") from None
+        with contextlib.suppress(ValueError, IndexError):  # a line that was never whole
+            last = json.loads(earlier[-1])
             changed = [f"{k} {last[k]} -> {now[k]}" for k in now if last[k] != now[k]]
             if changed:
                 print(f"resuming with {', '.join(changed)}: numbers may differ in their last bits")
-        with open(starts, "a") as file:
-            file.write(json.dumps({"step": step, **now}) + "\n")
 
     def discard_unless_begun(self) -> None:
         """Wrong input leaves nothing behind."""
@@ -454,19 +458,21 @@ class Wandb:
                 self.run = wandb.init(**options | offline)
             self.run.define_metric("*", step_metric="step")
             if directory:
-                (directory.path / "wandb_id").write_text(self.run.id)
+                with contextlib.suppress(IsADirectoryError):  # `known_id` has said so
+                    (directory.path / "wandb_id").write_text(self.run.id)
         except Exception as error:  # nothing of it is worth a run
             print("W&B fails, metrics.jsonl is written all the same:", *str(error).split())
         for record in directory.records() if directory else []:
             self.send(record)
 
     def known_id(self, directory: RunDirectory) -> Optional[str]:
+        path = directory.path / "wandb_id"
         try:
-            return (directory.path / "wandb_id").read_text().strip() or None
+            return path.read_text().strip() or None
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            print(f"W&B: cannot read the run's id, so it gets a new one ({error})")
+            print(f"W&B: cannot read {path}, so the run gets a new id ({error})")
             return None
 
     def send(self, record: dict[str, Any]) -> None:

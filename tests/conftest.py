@@ -1,13 +1,23 @@
-"""Every test on one core, nothing sent to W&B."""
+"""Every test on one core, nothing sent to W&B, the longest files first."""
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None, max_examples=50)  # a busy machine is no failure
 settings.load_profile("tests")
+
+LONGEST = """test_resume test_wandb test_minari test_ogbench test_adroit test_evaluation
+    test_sweeps test_tools test_cli""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes take files in this order, so that none is left alone with a long one at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))

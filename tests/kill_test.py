@@ -22,9 +22,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ["--dataset_path", f"{ROOT}/datasets/maze2d-umaze-v1-small.hdf5", "--checkpoints_path", "."]
-RUN += """--env maze2d-umaze-v1 --device cpu --offline_iterations 110 --online_iterations 390
-    --eval_freq 100 --checkpoint_freq 20 --log_freq 10 --n_episodes 1 --hidden_dim 8
-    --batch_size 16 --cql_n_actions 2""".split()
+# 60 steps offline, then episodes of 300 steps at 60 and 360
+RUN += """--env maze2d-umaze-v1 --device cpu --offline_iterations 60 --online_iterations 320
+    --eval_freq 150 --checkpoint_freq 20 --log_freq 10 --n_episodes 1 --hidden_dim 8
+    --q_n_hidden_layers 1 --actor_n_hidden_layers 1 --batch_size 16 --cql_n_actions 2""".split()
 
 
 def start(directory: Path, *options: Any, **settings: Any) -> subprocess.Popen:
@@ -88,7 +89,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as left_alone, tempfile.TemporaryDirectory() as killed:
         finish(start(Path(left_alone), *RUN))
-        for step in sorted(rng.randrange(490) for _ in range(args.kills)):
+        for step in sorted(rng.randrange(370) for _ in range(args.kills)):
             process = start(Path(killed), *RUN)
             wait_until(process, lambda: any(r["step"] >= step for r in records(Path(killed))))  # noqa: B023
             time.sleep(rng.uniform(0.0, 0.1))

@@ -61,6 +61,9 @@ def test_ring_of_episodes(capacity, lengths):
         n += length
         found = Batch(*(column[: len(ring)] for column in buffer.rows))
         assert_equal(found, transitions([ring[place] for place in range(len(ring))]))
+    resumed = empty_buffer(capacity)
+    resumed.add(transitions(range(n)))  # all at once
+    assert_equal(resumed.rows, buffer.rows)
     drawn = buffer.sample(200).observations[:, 0].int().tolist()
     assert set(drawn) <= set(ring.values())
 
@@ -181,10 +184,6 @@ def test_transitions_of_episodes(play, sparse):
     assert rows.terminals.tolist() == [0, 0, 0, 0, 1, 0, 0, 1]
     failed = [-2.0] * 3 if sparse else [-1.75, -1.5, -1.0]
     assert rows.returns_to_go.tolist() == [*failed, -0.5, 1, 0.25, -1.5, -1]
-
-
-def test_outcomes_of_episodes(play):
-    _, played = play(EPISODES)
     assert [episode.success for episode in played] == [False, True, True]
     assert [episode.score for episode in played] == [0.0, 2.0, 2.0]
     assert [sum(episode.rewards) for episode in played] == [0.0, 1.0, 1.0]

@@ -203,6 +203,10 @@ class Reference:
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
+        for name, adams in {"actor": [self.actor_adam], "critic": self.critic_adams}.items():
+            gradients = [p.grad for adam in adams for p in adam.param_groups[0]["params"]]
+            squares = torch.stack([gradient.square().sum() for gradient in gradients])
+            metrics[f"{name}_gradient_norm"] = squares.sum().sqrt()
         metrics = {name: value.item() for name, value in metrics.items()}
         for _, adam in steps:
             adam.step()

@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import signal
+import time
+from pathlib import Path
 
+import kill_test
 import numpy as np
 import pytest
 import torch
@@ -68,16 +71,14 @@ def test_episodes_are_the_same_in_any_number_of_processes_and_order(actor):
         (2, None, 3, 1, 1),
     ],
 )
-def test_the_number_of_workers(cores, quota, wanted, n_episodes, workers, monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    read = {"/sys/fs/cgroup/cpu.max": quota}
-
-    def read_text(path, *args):
-        if read.get(str(path)) is None:
+def test_the_number_of_workers(cores, quota, wanted, n_episodes, workers, monkeypatch):
+    def read_text(path):
+        if quota is None or str(path) != "/sys/fs/cgroup/cpu.max":
             raise FileNotFoundError
-        return read[str(path)]
+        return quota
 
-    monkeypatch.setattr("pathlib.Path.read_text", read_text)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(Path, "read_text", read_text)
     config = Config(env=MAZE, n_episodes=n_episodes, eval_workers=wanted)
     assert Evaluator(config, None).n_workers == workers
 
@@ -95,3 +96,43 @@ def test_failures_of_workers_end_an_evaluation_in_one_line(actor):
     with pytest.raises(EnvironmentFailure, match="evaluation episodes has died"):
         evaluator.evaluate(actor, SCALING)
     evaluator.close()
+
+
+def group_members(leader: int) -> list[str]:
+    """Command lines of the live processes in the group of that leader."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == leader and state != "Z":
+                found.append((stat.parent / "cmdline").read_text())
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)],
+    ids=["SIGTERM to the group", "SIGINT to the group", "SIGKILL to the parent"],
+)
+def test_a_signal_while_workers_start_leaves_none_behind(signum, code, tmp_path):
+    options = [*kill_test.RUN, "--eval_workers", 2, "--n_episodes", 2]
+    process = kill_test.start(tmp_path, *options, start_new_session=True)
+    kill_test.wait_until(
+        process, lambda: sum("spawn_main" in line for line in group_members(process.pid)) == 2
+    )
+    (os.kill if signum == signal.SIGKILL else os.killpg)(process.pid, signum)
+    assert process.wait() == code
+    until = time.monotonic() + 600
+    while left := group_members(process.pid):
+        if time.monotonic() > until:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(left)
+        time.sleep(0.05)
+    _, error = process.communicate()
+    if signum != signal.SIGKILL:
+        assert "Traceback" not in error
+        (line,) = [line for line in error.splitlines() if line.startswith("cal_ql.py: ")]
+        assert line.startswith(f"cal_ql.py: stopped: by {signal.Signals(signum).name}")
+        assert list(tmp_path.glob("*/checkpoint_0.pt"))

@@ -287,30 +287,6 @@ def test_no_loss_reaches_what_it_does_not_train(cloning):
         assert {n for n, g in zip(others, gradients) if g is not None} == set(), loss
 
 
-@pytest.mark.parametrize("cloning", [False, True])
-def test_an_update_steps_adam_by_the_gradient_of_each_loss(cloning, monkeypatch):
-    options = dict(cql_lagrange=True, bc_steps=int(cloning), policy_lr=1e-3, qf_lr=2e-3)
-    agent, batch = make_agent(**options), make_batch()
-    noise = make_noise(agent.config)
-    losses, _ = agent.losses(batch, noise, agent.config.cql_alpha, True, cloning)
-    expected, norms = {}, {}
-    for loss in losses:
-        trained, rate = trained_by(agent, loss), 2e-3 if loss in ("critic", "alpha_prime") else 1e-3
-        gradients = torch.autograd.grad(losses[loss], list(trained.values()))
-        norms[loss] = math.sqrt(sum(gradient.square().sum() for gradient in gradients))
-        for name, gradient in zip(trained, gradients):  # Adam's first step (Kingma and Ba, 2015)
-            expected[name] = trained[name].detach() - rate * gradient / (gradient.abs() + 1e-8)
-    before = {name: value.clone() for name, value in named_parameters(agent).items()}
-    monkeypatch.setattr(agent, "draw_noise", lambda: noise)
-    metrics = agent.update(batch, online=False)
-    for loss in ("critic", "actor"):
-        assert metrics[f"{loss}_gradient_norm"].item() == pytest.approx(norms[loss])
-    for name, value in named_parameters(agent).items():
-        if not name.startswith("target."):
-            wanted = expected.get(name, before[name])
-            torch.testing.assert_close(value.detach(), wanted, rtol=1e-9, atol=1e-9, msg=name)
-
-
 def test_the_batch_has_values_on_both_sides_of_the_bound():
     agent, batch = make_agent(), make_batch()
     _, metrics = agent.losses(batch, make_noise(agent.config), CQL_ALPHA, True, False)

@@ -1,9 +1,9 @@
 """Tasks by their names, and D4RL's kitchen paid by the rule of its data."""
 
-import h5py
 import numpy as np
 import pytest
 import torch
+from test_cli import write_dataset
 
 import tasks
 from cal_ql import Actor, Config, load_dataset, play_episode, transitions_of
@@ -100,14 +100,8 @@ def test_a_state_is_worth_the_same_offline_and_online(kitchen, monkeypatch, tmp_
 
     monkeypatch.setattr(kitchen, "reset", reset_with_two_done)
     monkeypatch.setattr(kitchen.env, "_max_episode_steps", 3)
-    rows = {"observations": np.zeros((4, 60)), "actions": np.zeros((4, 9))}
-    rows |= {"rewards": np.array([2, 2, 4, 2]), "terminals": np.zeros(4, bool)}
-    rows["timeouts"] = np.zeros(4, bool)
-    with h5py.File(tmp_path / "kitchen.hdf5", "w") as file:
-        for name, column in rows.items():
-            file[name] = column
+    path = write_dataset(tmp_path / "kitchen.hdf5", 60, 9, n=4, rewards=np.array([2, 2, 4, 2]))
     config = Config(reward_bias=-4.0, normalize=False)
-    path = tmp_path / "kitchen.hdf5"
     dataset = load_dataset(config, kitchen, path, torch.device("cpu"), {})
     assert dataset.rows.rewards.tolist() == [-2, -2, 0, -2]
     assert dataset.rows.terminals.tolist() == [0, 0, 1, 0]

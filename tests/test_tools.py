@@ -1,13 +1,15 @@
-"""The programs around the script, against runs written by hand and by the script itself."""
+"""evaluate.py and benchmark.py, on a run of the script itself."""
 
-import json
-import signal
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import kill_test
 import pytest
 import torch
+from test_cli import call, kept_signals, only_run
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,49 +20,74 @@ from tools import benchmark, evaluate
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_tool(*args) -> subprocess.CompletedProcess:
-    command = [sys.executable, *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 @pytest.fixture(scope="module")
-def restored_signals():
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    for number, handler in handlers:
-        signal.signal(number, handler)
+def finished_run(tmp_path_factory) -> Path:
+    options = [*kill_test.RUN, "--online_iterations", 0, "--n_episodes", 3, "--eval_seed", 7]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("runs"))
+        assert call(*options, "--eval_workers", 1).returncode == 0
+        return only_run(Path().absolute())
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory, restored_signals) -> Path:
-    path = tmp_path_factory.mktemp("runs")
-    config = cal_ql.parse_config(
-        f"--env maze2d-umaze-v1 --device cpu --checkpoints_path {path} --hidden_dim 8 --seed 3"
-        f" --dataset_path {ROOT}/datasets/maze2d-umaze-v1-small.hdf5 --batch_size 16"
-        " --offline_iterations 30 --online_iterations 0 --n_episodes 3 --eval_seed 7".split()
-    )
-    cal_ql.start(config, runs.StopSignals())
-    return path / cal_ql.run_name(config)
+@pytest.fixture
+def run_evaluate(monkeypatch, capsys):
+    """`python tools/evaluate.py ARGS` within this process: exit code, output and errors."""
+
+    def run(*args) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
+        return evaluate.main(), *capsys.readouterr()
+
+    monkeypatch.setattr(runs, "available_cores", lambda: 1)
+    return run
 
 
-def test_evaluate_repeats_the_score_that_the_run_recorded(finished_run, tmp_path):
-    records = [json.loads(line) for line in (finished_run / "metrics.jsonl").open()]
-    scores = [r["eval/d4rl_normalized_score"] for r in records if "eval/success_rate" in r]
-    printed = evaluate.evaluate(finished_run, 3, None, None)
-    assert "3 episodes of maze2d-umaze-v1, seed 7" in printed
-    assert f"normalized score  {scores[-1]:.2f}" in printed
+def test_evaluate_repeats_the_score_that_the_run_recorded(finished_run, run_evaluate):
+    record = kill_test.records(finished_run.parent)[-1]
+    shutil.copy(finished_run / "checkpoint_60.pt", finished_run / "checkpoint_best.pt")
+    code, printed, _ = run_evaluate(finished_run, "--episodes", 3)
+    assert code == 0 and "3 episodes of maze2d-umaze-v1, seed 7" in printed
+    assert f"normalized score  {record['eval/d4rl_normalized_score']:.2f} (" in printed
+    assert f"return            {record['eval/episode_return']:.2f} (" in printed
     assert "length            300.00 (300.00 to 300.00), deviation 0.00" in printed
 
 
-def test_evaluate_records_a_video_or_says_what_is_missing(finished_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ("nowhere", "nowhere"),
+        (".", "no checkpoint"),
+        ("other.pt", "other.pt is no whole checkpoint"),
+    ]
+    + [("run", "checkpoint_60.pt is no whole checkpoint")]
+    + [("run --episodes 0", "episodes"), ("run --seed -1", "seed")],
+)
+def test_evaluate_names_what_is_wrong_in_one_line(
+    options, named, tmp_path, run_evaluate, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    for name in ("other.pt", "run/checkpoint_60.pt"):
+        torch.save({"weights": torch.zeros(3)}, name)
+    code, _, error = run_evaluate(*options.split())
+    assert code == 2 and error.count("\n") == 1 and named in error
+
+
+def test_evaluate_records_a_video_or_says_what_is_missing(finished_run, tmp_path):
     video = tmp_path / "episode.gif"
-    monkeypatch.setenv("MUJOCO_GL", "osmesa")
-    result = run_tool("tools/evaluate.py", finished_run, "--episodes", 1, "--video", video)
+    command = [sys.executable, "tools/evaluate.py", finished_run, "--episodes", "1"]
+    env = {**os.environ, "MUJOCO_GL": "osmesa"}  # read when mujoco is imported
+    result = subprocess.run([*command, "--video", video], cwd=ROOT, env=env, capture_output=True)
     if result.returncode:
         assert result.returncode == 2
-        assert result.stderr.count("\n") == 1 and "OpenGL" in result.stderr
+        assert result.stderr.count(b"\n") == 1 and b"OpenGL" in result.stderr
     else:
         assert video.read_bytes().startswith(b"GIF8")
+
+
+def test_intervals():
+    found = evaluate.mean_interval([1.0, 2.0, 3.0])  # t = 4.303, 2 degrees of freedom
+    assert found == "2.00 (-0.48 to 4.48), deviation 0.82 over episodes"
+    assert evaluate.rate_interval(5, 10) == "0.500 (0.237 to 0.763)"  # Wilson (1927)
 
 
 @pytest.mark.parametrize("best_of_many", [False, True])
@@ -84,40 +111,18 @@ def test_benchmark_counts_kernels_and_not_views():
     assert sum(map(benchmark.count_kernels, tops)) == 4
 
 
-def test_benchmark_reports_a_run(tmp_path, restored_signals):
-    config = cal_ql.Config(
-        device="cpu",
-        env="maze2d-umaze-v1",
-        dataset_path=str(ROOT / "datasets/maze2d-umaze-v1-small.hdf5"),
-        checkpoints_path=str(tmp_path),
-        batch_size=16,
-        hidden_dim=8,
-        online_iterations=1000,
-    )
-    found = benchmark.benchmark(config, repeats=1)
+def test_benchmark_reports_a_run(tmp_path, monkeypatch):
+    real = benchmark.seconds
+    monkeypatch.setattr(runs, "available_cores", lambda: 1)
+    # as on a slow machine, so that it makes few calls
+    monkeypatch.setattr(benchmark, "seconds", lambda work, *args: 100 * real(work, *args))
+    options = [*kill_test.RUN, "--online_iterations", 1000, "--checkpoints_path", tmp_path]
+    config = cal_ql.parse_config(list(map(str, options)))
+    with kept_signals():
+        found = benchmark.benchmark(config, repeats=1)
     assert found["offline transitions"] == 98_913
     # float32: an observation of 4, an action of 2, three numbers; a next observation online alone
     assert found["bytes per online transition"] == 4 * (4 + 2 + 3 + 4)
     assert found["bytes per offline transition"] == pytest.approx(4 * (4 + 2 + 3) + 8, rel=0.02)
     assert all(value > 0 for value in found.values() if not isinstance(value, str))
     assert sum(found[name] for name in found if name.startswith("share of the")) == pytest.approx(1)
-
-
-def test_intervals():
-    found = evaluate.mean_interval([1.0, 2.0, 3.0])  # t = 4.303, 2 degrees of freedom
-    assert found == "2.00 (-0.48 to 4.48), deviation 0.82 over episodes"
-    assert evaluate.rate_interval(5, 10) == "0.500 (0.237 to 0.763)"  # Wilson (1927)
-
-
-@pytest.mark.parametrize(
-    "options, named",
-    [("nowhere", "nowhere"), (".", "no checkpoint"), ("other.pt", "other.pt")]
-    + [("run --episodes 0", "episodes"), ("run --seed -1", "seed")],
-)
-def test_evaluate_names_what_is_wrong_in_one_line(options, named, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"weights": torch.zeros(3)}, "other.pt")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *options.split()])
-    assert evaluate.main() == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and named in error
