@@ -135,12 +135,14 @@ class Task:
             try:
                 downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)
                 pooch.retrieve(url, None, file.name, directory, downloader=downloader)
-            except (OSError, ValueError) as error:  # requests' own are OSErrors
+            except BaseException as error:  # a signal, too, comes in the middle of a progress bar
+                print(file=sys.stderr)
+                if not isinstance(error, (OSError, ValueError)):  # requests' own are OSErrors
+                    raise
                 raise self.download_error(url, file, error) from None
         return file
 
     def download_error(self, url: str, file: Path, error: Exception) -> InputError:
-        print(file=sys.stderr)  # after the progress bar
         return InputError(
             f"dataset: cannot download {url} to {file} ({error}); fetch it elsewhere and put it "
             f"there, or make data with `python tools/make_dataset.py {self.name}` and name it with "

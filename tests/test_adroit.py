@@ -12,12 +12,14 @@ import kill_test
 import numpy as np
 import pytest
 import torch
+from test_resume import killed_at, resumed_like_left_alone
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = str(ROOT), str(ROOT / "tools")
 
 import make_dataset  # noqa: E402
 
+import cal_ql  # noqa: E402
 import d4rl_compat  # noqa: E402
 import tasks  # noqa: E402
 from cal_ql import Config, load_dataset  # noqa: E402
@@ -220,25 +222,17 @@ def write_hdf5(path, rewards):
     return path
 
 
-RUN = """--env pen-binary-v0 --dataset_path data.hdf5 --checkpoints_path . --device cpu
+RUN = """--env pen-binary-v0 --checkpoints_path . --device cpu
     --offline_iterations 20 --online_iterations 120 --eval_freq 1000 --checkpoint_freq 20
     --log_freq 10 --n_episodes 2 --hidden_dim 8 --batch_size 16 --cql_n_actions 2
     --is_sparse_reward true --reward_scale 10 --reward_bias 5""".split()
 
 
 def test_a_killed_run_with_two_workers_ends_as_one_left_alone_with_one(tmp_path):
-    folder, other = tmp_path / "killed", tmp_path / "left_alone"
-    for path in (folder, other):
-        path.mkdir()
-        write_hdf5(path / "data.hdf5", ([-1] * 30 + [0]) * 3)
-    one = kill_test.start(other, *RUN, "--eval_workers", 1)
-    killed = kill_test.start(folder, *RUN, "--eval_workers", 2)
-    kill_test.wait_until(killed, lambda: any(r["step"] >= 60 for r in kill_test.records(folder)))
-    killed.kill()
-    killed.communicate()
-    assert kill_test.finish(kill_test.start(folder, *RUN, "--eval_workers", 2)).returncode == 0
-    assert kill_test.finish(one).returncode == 0
-    assert kill_test.differences(other, folder) == []
+    data = write_hdf5(tmp_path / "data.hdf5", ([-1] * 30 + [0]) * 3)
+    run = [*RUN, "--dataset_path", data, "--eval_workers"]
+    moment = cal_ql.Agent, "update", 70
+    assert resumed_like_left_alone(tmp_path, [*run, 1], [*run, 2], *moment, end=killed_at) == []
 
 
 def test_bad_input_is_named_in_one_line(tmp_path):

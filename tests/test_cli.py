@@ -192,7 +192,7 @@ PUBLISHED = {
 
 def test_help_describes_every_option_and_gives_its_default() -> None:
     assert dataclasses.asdict(parse()) == DEFAULTS
-    result = call("--help")
+    result = call("--checkpoints_path", "/data/runs", "--help")  # as in the container
     assert (result.returncode, result.stderr) == (0, "")
     entries = re.split(r"\n\s*--", result.stdout)
     texts = {entry.split()[0]: " ".join(entry.split()) for entry in entries[1:]}
@@ -333,7 +333,10 @@ def test_a_dataset_directory_that_is_a_file_is_named(
 
 
 def test_bad_input_at_the_real_command_line(tmp_path: Path) -> None:
-    assert "--batchsize" in error_line(kill_test.finish(kill_test.start(tmp_path, "--batchsize")))
+    """D4RL makes its folder for data where it is imported, if it can."""
+    env = {**os.environ, "D4RL_DATASET_DIR": "/dev/null/datasets"}
+    process = kill_test.start(tmp_path, *SMALL, "--dataset_path", "nowhere.hdf5", env=env)
+    assert "there is no file nowhere.hdf5" in error_line(kill_test.finish(process))
 
 
 def test_importing_the_script_starts_nothing(tmp_path: Path) -> None:

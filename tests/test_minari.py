@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from test_cli import ROOT, cal_ql, call, error_line, kill_test, tasks
+from test_resume import killed_at, resumed_like_left_alone
 
 gymnasium, minari = pytest.importorskip("gymnasium"), pytest.importorskip("minari")
 pytest.importorskip("gymnasium_robotics")
@@ -241,8 +242,8 @@ def test_an_episode_is_a_function_of_seed_and_actions(root):
     assert all(len(of_one) == 1 for of_one in found.values())
     assert len(set.union(*found.values())) == 3 * len(ALL)
     code = f"import test_minari as t; print(t.digests({str(root)!r}, t.ALL, [3, 2, 1]))"
-    command = [sys.executable, "-c", code]
-    other = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+    command, paths = [sys.executable, "-c", code], {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    other = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True)
     assert eval(other.stdout) == found
 
 
@@ -297,24 +298,18 @@ def test_a_made_pointmaze_is_what_its_environment_paid(tmp_path, monkeypatch):
 
 TINY = """--checkpoints_path runs --device cpu --hidden_dim 8 --batch_size 16 --cql_n_actions 2
     --n_episodes 2 --log_freq 10 --offline_iterations 30""".split()
-RUN = [*TINY, *f"--env {OPEN} --online_iterations 100 --eval_freq 50 --checkpoint_freq 20".split()]
+RUN = f"""--env {OPEN} --online_iterations 100 --eval_freq 50 --checkpoint_freq 20
+    --checkpoints_path ."""
+RUN = [*TINY, *RUN.split()]
 
 
-def test_a_kill_workers_and_another_path_change_nothing(root, tmp_path, monkeypatch):
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    copy = shutil.copytree(root, killed / "copy")
+def test_a_kill_workers_and_another_path_change_nothing(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "copy")
     shutil.copytree(root / DOOR, copy / "D4RL/door/human-v3")  # only the run's own data counts
-    alone.mkdir()
-    monkeypatch.chdir(alone)
-    assert call(*RUN, "--dataset_path", root, "--eval_workers", 1).returncode == 0
-    monkeypatch.chdir(killed)
-    process = kill_test.start(killed, *RUN, "--dataset_path", "copy", "--eval_workers", 1)
-    kill_test.wait_until(process, lambda: any(killed.glob("runs/*/checkpoint_60.pt")))
-    process.kill()
-    assert "gymnasium" not in kill_test.finish(process).stderr  # which says things when imported
-    result = call(*RUN, "--dataset_path", "copy", "--eval_workers", 2)
-    assert result.returncode == 0 and "starting at step 0 " not in result.stdout
-    assert kill_test.differences(alone / "runs", killed / "runs") == []
+    alone = [*RUN, "--dataset_path", root, "--eval_workers", 1]
+    killed = [*RUN, "--dataset_path", copy, "--eval_workers", 2]
+    moment = cal_ql.Agent, "update", 70
+    assert resumed_like_left_alone(tmp_path, alone, killed, *moment, end=killed_at) == []
 
 
 def test_antmaze_needs_no_config_of_its_own(root, tmp_path, monkeypatch):

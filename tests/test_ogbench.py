@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import http.server
 import multiprocessing
-import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import kill_test
 import numpy as np
 import pytest
 import torch
 import yaml
+from test_resume import killed_at, resumed_like_left_alone
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
@@ -168,25 +167,15 @@ def test_a_made_file_depends_on_task_seed_and_row_alone(
 # ---------------------------------------------------------------------------- the command line
 
 RUN = """--device cpu --env cube-single-noisy-singletask-task4-v0 --is_sparse_reward true
-    --offline_iterations 60 --online_iterations 260 --eval_freq 160 --checkpoint_freq 20
+    --offline_iterations 60 --online_iterations 100 --eval_freq 1000 --checkpoint_freq 20
     --log_freq 10 --n_episodes 2 --hidden_dim 8 --batch_size 16 --cql_n_actions 2
     --checkpoints_path .""".split()
 
 
 def test_kills_and_workers_leave_no_trace(files: dict[str, Path], tmp_path: Path) -> None:
-    run = [*RUN, "--dataset_path", str(files[CUBE])]
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    alone.mkdir(), killed.mkdir()
-    assert kill_test.finish(kill_test.start(alone, *run, "--eval_workers", "1")).returncode == 0
-    process = kill_test.start(killed, *run, "--eval_workers", "1")
-    online = lambda: any(record["step"] >= 100 for record in kill_test.records(killed))  # noqa: E731
-    kill_test.wait_until(process, online)
-    process.kill()
-    assert kill_test.finish(process).returncode == -signal.SIGKILL
-    done = kill_test.finish(kill_test.start(killed, *run, "--eval_workers", "2"))
-    assert done.returncode == 0, done.stderr
-    assert "WARN" not in done.stderr and "starting at step 0 of" not in done.stdout
-    assert kill_test.differences(alone, killed) == []
+    run = [*RUN, "--dataset_path", files[CUBE], "--eval_workers"]
+    moment = cal_ql.Agent, "update", 100
+    assert resumed_like_left_alone(tmp_path, [*run, 1], [*run, 2], *moment, end=killed_at) == []
 
 
 CODE = """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import math
 import os
@@ -82,6 +83,22 @@ def stopped_at(owner: type, name: str, number: int, *options: Any) -> None:
     """A run with these options that a SIGTERM ends at that call."""
     with at_call(owner, name, number, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         assert "by SIGTERM" in error_line(call(*options), code=143, kind="stopped")
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nobody takes it, and nothing is saved."""
+
+
+def killed_at(owner: type, name: str, number: int, *options: Any) -> None:
+    """A run with these options that ends at that call as by kill -9."""
+
+    def die() -> None:
+        raise Killed
+
+    with at_call(owner, name, number, die), pytest.raises(Killed):
+        call(*options)
+    assert list(Path().glob("*/checkpoint_*.pt"))  # to go on from
+    gc.collect()  # the run's lock is held by the frames that the exception knows
 
 
 def step_reached(folder: Path, step: int) -> Callable[[], bool]:
@@ -190,11 +207,9 @@ def test_a_process_killed_or_stopped_at_any_moment_leaves_no_trace(
     left_alone: Path, folder: Path
 ) -> None:
     moments = [
-        (step_reached(folder, 10), signal.SIGKILL, -9),
         (lambda: any(folder.glob("*/*.part")), signal.SIGKILL, -9),  # writing a checkpoint
         (step_reached(folder, 100), signal.SIGTERM, 143),
         (step_reached(folder, 150), signal.SIGKILL, -9),  # evaluating, for that follows the means
-        (step_reached(folder, 200), signal.SIGINT, 130),
     ]
     for holds, signum, code in moments:
         process = kill_test.start(folder, *RUN)
@@ -210,7 +225,7 @@ def test_a_process_killed_or_stopped_at_any_moment_leaves_no_trace(
     assert ended_by(process, signal.SIGCONT) in (143, 130)
     assert newest(folder) == saved
 
-    assert kill_test.finish(kill_test.start(folder, *RUN)).returncode == 0
+    assert call(*RUN).returncode == 0
     assert kill_test.differences(left_alone, folder) == []
 
 
@@ -233,12 +248,15 @@ def test_sigterm_saves_this_very_step_and_leaves_no_trace(left_alone: Path, fold
     assert kill_test.differences(left_alone, folder) == []
 
 
+def test_a_stop_ends_the_wait_for_wandb(left_alone: Path, folder: Path) -> None:
+    stopped_at(runs.Wandb, "close", 1, *RUN)
+    assert kill_test.differences(left_alone, folder) == []
+
+
 def test_a_resumed_run_that_stops_before_it_logs_resumes_again(
     left_alone: Path, folder: Path
 ) -> None:
-    process = kill_test.start(folder, *RUN)
-    kill_test.wait_until(process, step_reached(folder, 90))
-    assert ended_by(process, signal.SIGKILL) == -9
+    killed_at(cal_ql.Agent, "update", 90, *RUN)
     for _ in range(2):
         stopped_at(cal_ql.Agent, "update", 1, *RUN)
     assert call(*RUN).returncode == 0
@@ -255,18 +273,22 @@ def test_an_extended_run_equals_one_that_was_longer(left_alone: Path, folder: Pa
 
 
 def resumed_like_left_alone(
-    folder: Path, left_alone: list[Any], stopped: list[Any], *moment: Any
+    folder: Path,
+    left_alone: list[Any],
+    ended: list[Any],
+    *moment: Any,
+    end: Callable[..., None] = stopped_at,
 ) -> list[str]:
-    """Differences between a run and one that a SIGTERM stops at a call, by their options."""
-    outcomes = folder / "left_alone", folder / "stopped"
+    """Differences between a run and one that ends at a call and is resumed, by their options."""
+    outcomes = folder / "left_alone", folder / "ended"
     for outcome in outcomes:
         outcome.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(outcomes[0])
         assert call(*left_alone).returncode == 0
         patch.chdir(outcomes[1])
-        stopped_at(*moment, *stopped)
-        assert call(*stopped).returncode == 0
+        end(*moment, *ended)
+        assert call(*ended).returncode == 0
     return kill_test.differences(*outcomes)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 from test_cli import SMALL, call, write_dataset
 from wandb_server import Server
@@ -159,6 +160,7 @@ def test_the_newest_offline_directory_alone_brings_every_record_home(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # it may have read the environment for another test
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "data.hdf5")
     for n in (0, 10, 20):  # each start goes on where the one before ended

@@ -137,6 +137,13 @@ def test_the_last_records_are_waited_for_with_little_patience() -> None:
     never.set()
 
 
+@pytest.mark.filterwarnings("error")  # of an exception in a thread
+def test_the_last_records_may_be_lost_without_a_word() -> None:
+    client = object.__new__(runs.Wandb)
+    client.run = SimpleNamespace(finish=lambda: 1 / 0)
+    client.close(patience=10.0)
+
+
 def test_every_record_arrives_although_the_run_is_killed_and_stopped_while_evaluating(
     undisturbed: Path, tmp_path: Path
 ) -> None:
