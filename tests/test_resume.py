@@ -209,7 +209,6 @@ def test_a_process_killed_or_stopped_at_any_moment_leaves_no_trace(
     moments = [
         (lambda: any(folder.glob("*/*.part")), signal.SIGKILL, -9),  # writing a checkpoint
         (step_reached(folder, 100), signal.SIGTERM, 143),
-        (step_reached(folder, 150), signal.SIGKILL, -9),  # evaluating, for that follows the means
     ]
     for holds, signum, code in moments:
         process = kill_test.start(folder, *RUN)
@@ -290,12 +289,6 @@ def resumed_like_left_alone(
         end(*moment, *ended)
         assert call(*ended).returncode == 0
     return kill_test.differences(*outcomes)
-
-
-def test_a_run_with_two_workers_resumes_exactly_and_equals_one_with_one(folder: Path) -> None:
-    options = [*SHORT, "--n_episodes", 2, "--eval_workers"]
-    moment = cal_ql.Agent, "update", 100
-    assert resumed_like_left_alone(folder, [*options, 1], [*options, 2], *moment) == []
 
 
 def test_a_wrapping_buffer_resumes_exactly(folder: Path) -> None:
