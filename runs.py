@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional, get_args
 from unittest import mock
@@ -78,13 +78,18 @@ def cast(value: Any, kind: Any) -> Any:
     return kind(value)
 
 
+def close_matches(word: str, known: Iterable[str]) -> str:
+    """For an error: those of `known` that a user may have meant, in words."""
+    return ", ".join(difflib.get_close_matches(word, known)) or "none"
+
+
 def make_config(config_class: type, ranges: Ranges, options: dict[Any, Any]) -> Any:
     """Options as YAML gives them, checked; raises `InputError` for the first that is wrong."""
     kinds = config_class.__annotations__
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     for name, value in options.items():
         if name not in kinds:
-            close = ", ".join(difflib.get_close_matches(str(name), kinds)) or "none"
+            close = close_matches(str(name), kinds)
             raise InputError(f"{name}: there is no such option; close matches: {close}")
         try:
             options[name] = cast(value, kinds[name])

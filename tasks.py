@@ -12,7 +12,6 @@ Nothing here knows of Cal-QL. Whatever a user can get wrong raises `InputError`.
 """
 
 import contextlib
-import difflib
 import importlib.metadata
 import io
 import os
@@ -36,7 +35,7 @@ import numpy as np
 import pooch
 
 import d4rl_compat
-from runs import InputError
+from runs import InputError, close_matches
 
 pooch.get_logger().setLevel("WARNING")  # it would tell the hash of every download
 
@@ -218,7 +217,7 @@ class BinaryAdroit(Task):
     def __init__(self, name: str):
         names = [f"{hand}-binary-v0" for hand in self.HANDS]
         if name not in names:
-            close = ", ".join(difflib.get_close_matches(name, names)) or "none"
+            close = close_matches(name, names)
             raise InputError(f"env: there is no binary task {name!r}; close matches: {close}")
         hand = name.removesuffix("-binary-v0")
         super().__init__(f"{hand}-human-v1")
@@ -547,7 +546,7 @@ def minari_folder(name: str, root: Optional[str]) -> Path:
     Raises `InputError` where it is not to be had, with the ids that are close to `name`.
     """
     published = [form.format(data) for form, names in MINARI_DATA.items() for data in names.split()]
-    close = ", ".join(difflib.get_close_matches(name, published)) or "none"
+    close = close_matches(name, published)
     hint = "" if name in published else f"; close matches among those published: {close}"
     if not re.fullmatch(r"[-\w]+(/[-\w]+)+-v\d+", name):
         raise InputError(
@@ -611,7 +610,7 @@ class OGBench(GymnasiumTask):
                 for data in ("play", "noisy") if is_arm else ("navigate", "stitch", "explore"):
                     names[f"{family}-{data}-singletask{task}"] = env_name
         if name not in names:
-            close = ", ".join(difflib.get_close_matches(name, names)) or "none"
+            close = close_matches(name, names)
             raise InputError(f"env: OGBench has no task {name!r}; close matches: {close}")
         with making_environment():
             env = gymnasium.make(names[name], disable_env_checker=True)

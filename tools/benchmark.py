@@ -241,7 +241,7 @@ def benchmark(
     config: cal_ql.Config, repeats: int, transitions: int = 0, count_kernels: bool = False
 ) -> dict[str, object]:
     """All figures by name. Without a `dataset_path` it trains on random `transitions`."""
-    device, task = cal_ql.resolve_device(config), tasks.make(config.env)
+    device, task = cal_ql.resolve_device(config), tasks.make(config.env, config.dataset_path)
     if config.dataset_path is None:
         path = Path(config.checkpoints_path) / "random.hdf5"
         write_random_data(path, task, transitions)

@@ -802,6 +802,8 @@ def summary(path: Path, name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
+    """Not that of command_line.py, which imports torch, as each worker would once more."""
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line, and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
