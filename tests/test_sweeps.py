@@ -168,7 +168,8 @@ def test_the_newest_offline_directory_alone_brings_every_record_home(
     (run,) = tmp_path.glob("runs/*")
     directories = sorted(run.glob("wandb/offline-run-*"))
     run_id = (run / "wandb_id").read_text()
-    assert [path.name.rpartition("-")[2] for path in directories] == [run_id] * 3
+    # Of starts within one second W&B names the later ones offline-run-TIME-ID-1 and so on.
+    assert [path.name.split("-")[3] for path in directories] == [run_id] * 3
     process = start(tmp_path, server, f"sync {directories[-1]}")
     assert process.wait(60) == 0, (tmp_path / "log").read_text()
     (received,) = server.runs.values()
