@@ -119,6 +119,7 @@ class Config:
     q_n_hidden_layers: int = 2  # Hidden layers of the critics
     actor_n_hidden_layers: int = 3  # Hidden layers of the actor
     hidden_dim: int = 256  # Units of every hidden layer
+    critic_layer_norm: bool = False  # LayerNorm in every hidden layer of the critics
     reward_scale: float = 1.0  # Factor of every reward, offline and online
     reward_bias: float = 0.0  # Added to every scaled reward
     is_sparse_reward: bool = False  # A failed episode is taken to go on failing for ever
@@ -356,6 +357,9 @@ class Critic(nn.Module):
         pairs = list(zip(*(make_layers(sizes, config.orthogonal_init) for _ in range(2))))
         self.weights = nn.ParameterList(torch.stack([a.weight.T, b.weight.T]) for a, b in pairs)
         self.biases = nn.ParameterList(torch.stack([a.bias, b.bias])[:, None] for a, b in pairs)
+        normalized = [x for x in self.biases[:-1] if config.critic_layer_norm]
+        self.norm_scales = nn.ParameterList(torch.ones_like(x) for x in normalized)
+        self.norm_shifts = nn.ParameterList(torch.zeros_like(x) for x in normalized)
         self.observation_dim = observation_dim
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -370,11 +374,20 @@ class Critic(nn.Module):
         of_state, of_action = self.weights[0].split([self.observation_dim, action_dim], dim=1)
         x = torch.matmul(actions.flatten(0, 1), of_action).unflatten(1, (batch_size, n_actions))
         x = x + (torch.matmul(observations, of_state) + self.biases[0]).unsqueeze(2)
-        x = x.relu_().flatten(1, 2)  # [2, B * N, hidden]
-        for weight, bias in zip(self.weights[1:-1], self.biases[1:-1]):
-            x = torch.baddbmm(bias, x, weight).relu_()
+        x = self.activation(x, 0).flatten(1, 2)  # [2, B * N, hidden]
+        for layer in range(1, len(self.weights) - 1):
+            x = torch.baddbmm(self.biases[layer], x, self.weights[layer])
+            x = self.activation(x, layer)
         qs = torch.baddbmm(self.biases[-1], x, self.weights[-1])
         return qs.view(2, batch_size, n_actions)
+
+    def activation(self, x: Tensor, layer: int) -> Tensor:
+        """ReLU of a hidden layer's values [2, ..., hidden], normalised where that is wanted."""
+        if self.norm_scales:
+            shape = 2, *(1 for _ in x.shape[1:-1]), x.shape[-1]
+            scale, shift = self.norm_scales[layer].view(shape), self.norm_shifts[layer].view(shape)
+            x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), scale)
+        return x.relu_()
 
 
 class Gaussian(NamedTuple):

@@ -149,7 +149,7 @@ DEFAULTS = yaml.safe_load("""{
     calibrate: true, calibrate_online: true, orthogonal_init: true,
     normalize: true, normalize_reward: false,
     q_n_hidden_layers: 2, actor_n_hidden_layers: 3, hidden_dim: 256,
-    reward_scale: 1.0, reward_bias: 0.0, is_sparse_reward: false,
+    critic_layer_norm: false, reward_scale: 1.0, reward_bias: 0.0, is_sparse_reward: false,
     mixing_ratio: 0.5, online_utd_ratio: 1, dataset_path: null,
     log_freq: 1000, project: CORL, group: Cal-QL-D4RL, name: Cal-QL}""")
 

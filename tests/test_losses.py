@@ -27,6 +27,7 @@ OPTIONS = {
     "logsumexp temperature, unweighted": dict(cql_temp=0.4, cql_importance_sample=False),
     "clip from below": dict(cql_clip_diff_min=6.0, cql_lagrange=True),
     "clip from above": dict(cql_clip_diff_max=6.0),
+    "normalised critics": dict(critic_layer_norm=True),
     "gap and discount": dict(cql_lagrange=True, cql_target_action_gap=0.8, discount=0.5),
 }
 
@@ -86,9 +87,12 @@ def named_parameters(agent: Agent) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------ the formulas
 
 
-def mlp(x: np.ndarray, layers: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    for number, (weight, bias) in enumerate(layers):
+def mlp(x: np.ndarray, layers: list[tuple[np.ndarray, ...]]) -> np.ndarray:
+    """Of layers (weight, bias) or, with LayerNorm, (weight, bias, scale, shift)."""
+    for number, (weight, bias, *norm) in enumerate(layers):
         x = weight @ (np.maximum(x, 0.0) if number else x) + bias
+        if norm:
+            x = (x - x.mean()) / np.sqrt(x.var() + 1e-5) * norm[0] + norm[1]
     return x
 
 
@@ -103,13 +107,13 @@ class Formulas:
 
     def q(self, parameters, network, twin, state, action) -> float:
         count = sum(name.startswith(f"{network}.weights") for name in parameters)
-        layers = [
-            (
-                parameters[f"{network}.weights.{i}"][twin].T,
-                parameters[f"{network}.biases.{i}"][twin, 0],
-            )
-            for i in range(count)
-        ]
+        layers = []
+        for i in range(count):
+            layer = [parameters[f"{network}.weights.{i}"][twin].T]
+            for name in ("biases", "norm_scales", "norm_shifts"):
+                if (key := f"{network}.{name}.{i}") in parameters:
+                    layer.append(parameters[key][twin, 0])
+            layers.append(tuple(layer))
         return float(mlp(np.concatenate([state, action]), layers)[0])
 
     def gaussian(self, parameters, state) -> tuple[np.ndarray, np.ndarray]:

@@ -195,8 +195,9 @@ def test_load_model_takes_weights_and_scaling(
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(left_alone: Path, folder: Path) -> None:
-    for other in ("hidden_dim", "q_n_hidden_layers", "actor_n_hidden_layers"):
-        line = error_line(call(*RUN, "--load_model", newest(left_alone), f"--{other}", 9))
+    others = dict.fromkeys(("hidden_dim", "q_n_hidden_layers", "actor_n_hidden_layers"), 9)
+    for other, value in (others | {"critic_layer_norm": True}).items():
+        line = error_line(call(*RUN, "--load_model", newest(left_alone), f"--{other}", value))
         assert str(newest(left_alone)) in line and other in line
 
 
