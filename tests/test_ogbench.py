@@ -75,7 +75,7 @@ def play(name: str, seeds: list[int]) -> dict[int, list]:
     """What episodes of one environment show, and the simulator's hidden state at their start."""
     task, played = tasks.make(name), {}
     for seed in seeds:
-        actions = np.random.default_rng(seed).uniform(-1, 1, (60, task.action_dim))
+        actions = np.random.default_rng(seed).uniform(-1, 1, (30, task.action_dim))
         shown = [task.reset(seed).tobytes(), task.env.unwrapped.data.qacc_warmstart.tobytes()]
         for action in actions.astype(np.float32):
             observation, *rest = task.step(action)
@@ -87,8 +87,8 @@ def play(name: str, seeds: list[int]) -> dict[int, list]:
 @pytest.mark.parametrize("name", ["pointmaze-teleport-navigate-singletask-v0", CUBE])
 def test_an_episode_follows_from_its_seed_and_actions(name: str) -> None:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        elsewhere = pool.submit(play, name, [2, 0, 1]).result()
-    assert play(name, [0, 1, 0, 2]) == elsewhere
+        elsewhere = pool.submit(play, name, [1, 0]).result()
+    assert play(name, [0, 1, 0]) == elsewhere
     assert elsewhere[0] != elsewhere[1]
 
 
@@ -100,7 +100,7 @@ def test_recorded_actions_are_paid_and_end_as_the_rows_say(
     rows, raw = task.rows(files[name]), np.load(files[name])
     task.reset(seed=0)
     assert 0 < rows["terminals"].sum() < 100
-    for row in np.flatnonzero(rows["terminals"] | (np.arange(1001) % 5 == 0))[:-1]:
+    for row in np.flatnonzero(rows["terminals"] | (np.arange(1001) % 10 == 0))[:-1]:
         simulation.set_state(*(raw[key][row].astype(float) for key in ("qpos", "qvel")))
         if name == CUBE:
             simulation.post_step()  # looks whether the cube is there

@@ -67,15 +67,17 @@ def test_every_kind_of_update_is_one_graph_and_computes_the_same(monkeypatch):
     assert_same_updates(eager, make_agent(compile=True, **options), range(3), online_from=2)
 
 
+SMALL = dict(q_n_hidden_layers=1, cql_lagrange=False, backup_entropy=False)  # to compile
+
+
 def test_compiled_by_inductor():
-    small = dict(q_n_hidden_layers=1, cql_lagrange=False, backup_entropy=False)
-    assert_same_updates(make_agent(**small), make_agent(compile=True, **small), range(2), 2)
+    assert_same_updates(make_agent(**SMALL), make_agent(compile=True, **SMALL), range(2), 2)
 
 
 @torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
 def test_without_a_compiler_updates_are_eager_and_one_line_says_so(capsys):
     torch._dynamo.reset()  # what was compiled before
-    agents = make_agent(compile=True), make_agent()
+    agents = make_agent(compile=True, **SMALL), make_agent(**SMALL)
     for agent in agents:
         torch.manual_seed(0)
         agent.update(make_batch(0), online=False)
