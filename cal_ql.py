@@ -55,6 +55,8 @@ import tasks
 from runs import InputError, RunDirectory, RunError, Stop, StopSignals
 from tasks import Task
 
+torch.set_flush_denormal(True)  # a CPU takes many times as long over numbers below 1e-38
+
 
 class Batch(NamedTuple):
     """Transitions, as torch tensors or numpy arrays. S and A are the sizes of the two spaces."""
@@ -376,8 +378,7 @@ class Critic(nn.Module):
         x = x + (torch.matmul(observations, of_state) + self.biases[0]).unsqueeze(2)
         x = self.activation(x, 0).flatten(1, 2)  # [2, B * N, hidden]
         for layer in range(1, len(self.weights) - 1):
-            x = torch.baddbmm(self.biases[layer], x, self.weights[layer])
-            x = self.activation(x, layer)
+            x = self.activation(torch.baddbmm(self.biases[layer], x, self.weights[layer]), layer)
         qs = torch.baddbmm(self.biases[-1], x, self.weights[-1])
         return qs.view(2, batch_size, n_actions)
 
