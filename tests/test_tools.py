@@ -72,10 +72,11 @@ def test_evaluate_names_what_is_wrong_in_one_line(
     assert code == 2 and error.count("\n") == 1 and named in error
 
 
-def test_evaluate_records_a_video_or_says_what_is_missing(finished_run, tmp_path):
+@pytest.mark.parametrize("library", ["osmesa", "glfw"])
+def test_evaluate_records_a_video_or_says_what_is_missing(finished_run, tmp_path, library):
     video = tmp_path / "episode.gif"
     command = [sys.executable, "tools/evaluate.py", finished_run, "--episodes", "1"]
-    env = {**os.environ, "MUJOCO_GL": "osmesa"}  # read when mujoco is imported
+    env = {**os.environ, "MUJOCO_GL": library}  # read when mujoco is imported
     result = subprocess.run([*command, "--video", video], cwd=ROOT, env=env, capture_output=True)
     if result.returncode:
         assert result.returncode == 2

@@ -11,6 +11,7 @@ ant's maze plays it at about twice its speed, in a loop, and is a few hundred ki
 import dataclasses
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import imageio
@@ -77,7 +78,10 @@ class Filmed:
             import mujoco
 
             model.vis.global_.offwidth, model.vis.global_.offheight = SIZE
-            self.renderer = mujoco.Renderer(model, SIZE[1], SIZE[0])
+            mujoco.Renderer._gl_context = mujoco.Renderer._mjr_context = None  # its __del__ looks
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # GLFW's, beside its exception
+                self.renderer = mujoco.Renderer(model, SIZE[1], SIZE[0])
             self.camera = mujoco.MjvCamera()
             mujoco.mjv_defaultFreeCamera(model, self.camera)
             self.camera.distance *= 0.7
