@@ -17,6 +17,7 @@ from typing import Any
 
 import kill_test
 import pytest
+import wandb
 from test_cli import call, only_run
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -142,6 +143,18 @@ def test_the_last_records_may_be_lost_without_a_word() -> None:
     client = object.__new__(runs.Wandb)
     client.run = SimpleNamespace(finish=lambda: 1 / 0)
     client.close(patience=10.0)
+
+
+def test_a_wandb_other_than_the_pinned_one_is_named_and_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert f"wandb=={wandb.__version__}\n" in (kill_test.ROOT / "requirements.txt").read_text()
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(wandb, "login", lambda: True)  # as before it knew `prompt`
+    run = runs.Wandb(None, project="CORL")
+    run.send({"step": 1})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert run.run is None and line.startswith("W&B fails, metrics.jsonl") and "'prompt'" in line
 
 
 def test_every_record_arrives_although_the_run_is_killed_and_stopped_while_evaluating(
