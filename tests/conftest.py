@@ -13,8 +13,8 @@ torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None, max_examples=50)  # a busy machine is no failure
 settings.load_profile("tests")
 
-LONGEST = """test_resume test_wandb test_minari test_ogbench test_adroit test_evaluation
-    test_sweeps test_tools test_cli""".split()
+LONGEST = """test_resume test_ogbench test_update test_wandb test_sweeps test_minari test_adroit
+    test_make_dataset test_d4rl_compat test_evaluation test_tools test_cli""".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
