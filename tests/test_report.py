@@ -263,6 +263,13 @@ def test_a_csv_file_gives_the_same_report_and_picture(study, tmp_path, capsys):
     ]
 
 
+@pytest.mark.parametrize("studies", ["antmaze quickstart", "first-runs"])
+def test_the_published_tables_are_those_of_the_published_curves(studies, capsys):
+    folder = ROOT / "results"
+    _, printed, _ = call(capsys, *(folder / f"{study}.csv" for study in studies.split()))
+    assert printed.partition("\n\n")[0] in (folder / "README.md").read_text()
+
+
 def test_pictures_and_page(study, tmp_path, capsys):
     for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
         assert call(capsys, study[0], "--output", tmp_path / f"x.{kind}")[::2] == (0, [])

@@ -72,6 +72,15 @@ def test_evaluate_names_what_is_wrong_in_one_line(
     assert code == 2 and error.count("\n") == 1 and named in error
 
 
+def test_published_policies_can_be_evaluated_and_fine_tuned(run_evaluate, monkeypatch):
+    for policy in (ROOT / "results").glob("*-end.pt"):
+        assert run_evaluate(policy, "--episodes", 1)[0] == 0
+    monkeypatch.chdir(ROOT)
+    options = ["--config_path", "configs/quickstart.yaml", "--checkpoints_path", "null"]
+    options += ["--load_model", "results/quickstart-switch.pt", "--offline_iterations", 0]
+    assert call(*options, "--online_iterations", 1, "--n_episodes", 1).returncode == 0
+
+
 @pytest.mark.parametrize("library", ["osmesa", "glfw"])
 def test_evaluate_records_a_video_or_says_what_is_missing(finished_run, tmp_path, library):
     video = tmp_path / "episode.gif"
