@@ -1014,10 +1014,9 @@ class Run:
             if "optimizer" in model:
                 optimizer.load_state_dict(model["optimizer"])
         except (ValueError, RuntimeError):
-            raise InputError(
-                f"load_model: {self.config.load_model} holds networks of other sizes, those of a "
-                f"run with {model['identity']}"
-            ) from None
+            names = "env hidden_dim q_n_hidden_layers actor_n_hidden_layers critic_layer_norm"
+            theirs = {name: model["config"].get(name) for name in names.split()}
+            raise InputError(f"load_model: {self.config.load_model} is for {theirs}") from None
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate  # it is this run's options that count
 
