@@ -376,7 +376,7 @@ class Critic(nn.Module):
         of_state, of_action = self.weights[0].split([self.observation_dim, action_dim], dim=1)
         x = torch.matmul(actions.flatten(0, 1), of_action).unflatten(1, (batch_size, n_actions))
         x = x + (torch.matmul(observations, of_state) + self.biases[0]).unsqueeze(2)
-        x = self.activation(x, 0).flatten(1, 2)  # [2, B * N, hidden]
+        x = self.activation(x, 0).flatten(1, -2)  # [2, B * N, hidden]
         for layer in range(1, len(self.weights) - 1):
             x = self.activation(torch.baddbmm(self.biases[layer], x, self.weights[layer]), layer)
         qs = torch.baddbmm(self.biases[-1], x, self.weights[-1])
@@ -385,9 +385,8 @@ class Critic(nn.Module):
     def activation(self, x: Tensor, layer: int) -> Tensor:
         """ReLU of a hidden layer's values [2, ..., hidden], normalised where that is wanted."""
         if self.norm_scales:
-            shape = 2, *(1 for _ in x.shape[1:-1]), x.shape[-1]
-            scale, shift = self.norm_scales[layer].view(shape), self.norm_shifts[layer].view(shape)
-            x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), scale)
+            x = F.layer_norm(x.flatten(1, -2), x.shape[-1:])
+            x = torch.addcmul(self.norm_shifts[layer], x, self.norm_scales[layer])
         return x.relu_()
 
 
@@ -1016,7 +1015,9 @@ class Run:
         except (ValueError, RuntimeError):
             names = "env hidden_dim q_n_hidden_layers actor_n_hidden_layers critic_layer_norm"
             theirs = {name: model["config"].get(name) for name in names.split()}
-            raise InputError(f"load_model: {self.config.load_model} is for {theirs}") from None
+            raise InputError(
+                f"load_model: {self.config.load_model} has networks for {theirs}, not this run's"
+            ) from None
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate  # it is this run's options that count
 
