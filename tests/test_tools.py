@@ -81,7 +81,7 @@ def test_published_policies_can_be_evaluated_and_fine_tuned(run_evaluate, monkey
     assert call(*options, "--online_iterations", 1, "--n_episodes", 1).returncode == 0
 
 
-@pytest.mark.parametrize("library", ["osmesa", "glfw"])
+@pytest.mark.parametrize("library", ["egl", "osmesa", "glfw"])
 def test_evaluate_records_a_video_or_says_what_is_missing(finished_run, tmp_path, library):
     video = tmp_path / "episode.gif"
     command = [sys.executable, "tools/evaluate.py", finished_run, "--episodes", "1"]

@@ -92,7 +92,7 @@ class Filmed:
         except Exception as error:  # each OpenGL library has errors of its own
             raise runs.InputError(
                 f"video: no OpenGL to render with ({type(error).__name__}: {error}); try "
-                "MUJOCO_GL=egl (a GPU) or MUJOCO_GL=osmesa (Debian's libosmesa6)"
+                "MUJOCO_GL=egl (a GPU or Mesa) or MUJOCO_GL=osmesa (Debian's libosmesa6)"
             ) from None
 
     def reset(self, seed: int) -> np.ndarray:
