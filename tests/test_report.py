@@ -284,6 +284,14 @@ def test_pictures_and_page(study, tmp_path, capsys):
     assert b"</svg>" in base64.b64decode(source) and "http" not in text and "url(" not in text
 
 
+def test_a_method_none_of_whose_runs_has_ended_is_dotted():
+    (run, *_) = report.read_csv(ROOT / "results" / "first-runs.csv")
+    ends = {"ended": run.steps[-1], "running": run.steps[-1] + 1}
+    runs = [run._replace(task=task, end=end) for task, end in ends.items()]
+    figure = report.draw_figure(report.groups_of(runs))
+    assert [axes.lines[0].get_linestyle() for axes in figure.axes] == ["-", ":"]
+
+
 CONFIG = f"env: {MAZE}\nseed: 0\noffline_iterations: 20\nonline_iterations: 20\n"
 EVALUATION = '{"step": 0, "eval/d4rl_normalized_score": 1.0}\n'
 HEADER = ",".join(report.COLUMNS) + "\n"

@@ -350,7 +350,8 @@ def draw_panel(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
         samples = [np.array([r.scores_at(positions, by_share) for r in runs]) for runs in used]
         known = ~np.isnan(np.concatenate(samples)).any(0)
         positions, samples = positions[known], [scores[:, known] for scores in samples]
-        axes.plot(positions, interquartile_mean(*samples, axis=0), **styles[name])
+        look = styles[name] | ({} if used[0][0].ended else RUNNING)
+        axes.plot(positions, interquartile_mean(*samples, axis=0), **look)
         if known.any() and (bounds := interval(samples, interquartile_mean, 2000)):
             band = dict(color=styles[name]["color"], alpha=0.2, linewidth=0)
             axes.fill_between(positions, bounds.low, bounds.high, **band)
