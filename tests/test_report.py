@@ -263,7 +263,10 @@ def test_a_csv_file_gives_the_same_report_and_picture(study, tmp_path, capsys):
     ]
 
 
-@pytest.mark.parametrize("studies", ["antmaze quickstart", "layer-norm", "first-runs"])
+STUDIES = "antmaze quickstart maze2d-medium pointmaze", "layer-norm", "first-runs"
+
+
+@pytest.mark.parametrize("studies", STUDIES)
 def test_the_published_tables_are_those_of_the_published_curves(studies, capsys):
     folder = ROOT / "results"
     _, printed, _ = call(capsys, *(folder / f"{study}.csv" for study in studies.split()))
