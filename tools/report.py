@@ -52,7 +52,7 @@ SHARES = np.linspace(-1, 1, 81)  # -1 to 0: share of the offline phase; 0 to 1: 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without yellow (faint on white)
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
 DASHES = "solid", "dashed", "dashdot"  # of each seven methods; runs not at their end are dotted
-RUNNING = dict(linestyle="dotted", linewidth=1)
+RUNNING = dict(linestyle="dotted")
 SWITCH = dict(color="grey", linestyle=(0, (4, 3)), linewidth=1, zorder=0)
 
 
@@ -338,9 +338,10 @@ def markdown(tables: list[list[list[str]]]) -> str:
 
 
 def draw_panel(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
-    """Interquartile mean over runs and its interval, where all have scores; running ones dotted.
+    """Interquartile mean over runs and its interval, where all have scores; running ones thin.
 
-    Between a run's evaluations its scores lie on straight lines.
+    Dotted is what has not ended: these, and the mean while it is theirs alone. Between a run's
+    evaluations its scores lie on straight lines.
     """
     by_share = len(next(iter(group.values()))) > 1
     for name, tasks in group.items():
@@ -356,7 +357,7 @@ def draw_panel(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
             band = dict(color=styles[name]["color"], alpha=0.2, linewidth=0)
             axes.fill_between(positions, bounds.low, bounds.high, **band)
         for run in (run for runs in tasks for run in runs if not run.ended):
-            axes.plot(run.positions(by_share), run.scores, **styles[name] | RUNNING)
+            axes.plot(run.positions(by_share), run.scores, **styles[name] | RUNNING, linewidth=1)
     axes.axvline(0, **SWITCH)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
