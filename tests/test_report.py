@@ -272,6 +272,7 @@ STUDIES = "antmaze quickstart maze2d-medium pointmaze"
         ("README.md", STUDIES),
         ("results/README.md", STUDIES),
         ("results/README.md", "antmaze-slow"),
+        ("results/README.md", "costs"),
         ("results/README.md", "layer-norm"),
         ("results/README.md", "first-runs"),
     ],
