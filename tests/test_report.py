@@ -263,7 +263,7 @@ def test_a_csv_file_gives_the_same_report_and_picture(study, tmp_path, capsys):
     ]
 
 
-STUDIES = "antmaze quickstart maze2d-medium pointmaze"
+STUDIES = "antmaze door maze2d-medium quickstart pointmaze"
 
 
 @pytest.mark.parametrize(
