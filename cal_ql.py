@@ -50,9 +50,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import runs
 import tasks
-from runs import InputError, RunDirectory, RunError, Stop, StopSignals
+from runs import machine
+from runs.directory import RunDirectory, load_checkpoint
+from runs.errors import InputError, RunError
+from runs.log import Wandb
+from runs.options import ConfigParser, Ranges
+from runs.signals import Stop, StopSignals, blocked_signals
 from tasks import Task
 
 torch.set_flush_denormal(True)  # a CPU takes many times as long over numbers below 1e-38
@@ -150,7 +154,7 @@ class Config:
 
 
 # Options, what must hold for a value (in a config), and the same in words.
-RANGES: runs.Ranges = [
+RANGES: Ranges = [
     ("eval_freq n_episodes log_freq online_utd_ratio", lambda x, _: x >= 1, "1 or more"),
     ("buffer_size batch_size target_update_period", lambda x, _: x >= 1, "1 or more"),
     ("cql_n_actions hidden_dim", lambda x, _: x >= 1, "1 or more"),
@@ -762,7 +766,7 @@ class Evaluator:
 
     def __init__(self, config: Config, task: Task):
         self.config, self.task = config, task
-        wanted = config.eval_workers or min(runs.available_cores(), 8)
+        wanted = config.eval_workers or min(machine.available_cores(), 8)
         self.n_workers = min(wanted, config.n_episodes)
         self.pool: Optional[ProcessPoolExecutor] = None  # started by the first evaluation
 
@@ -781,7 +785,7 @@ class Evaluator:
             self.pool = ProcessPoolExecutor(self.n_workers, context, *start)
         packed = pickle.dumps(actor)  # as bytes: tensors would go through shared memory
         try:
-            with runs.blocked_signals():
+            with blocked_signals():
                 played = [self.pool.submit(play_in_worker, packed, scaling, s) for s in seeds]
             return [episode.result() for episode in played]
         except BrokenProcessPool:
@@ -845,7 +849,7 @@ class Log:
     def __init__(self, config: Config, directory: Optional[RunDirectory], step: int):
         self.config, self.directory = config, directory
         options = {"project": config.project, "group": config.group, "config": vars(config)}
-        self.wandb = runs.Wandb(directory, name=run_name(config), **options)
+        self.wandb = Wandb(directory, name=run_name(config), **options)
         interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; log files want few lines
         self.bar = tqdm(total=config.total_steps, initial=step, unit="step", mininterval=interval)
         self.shown: dict[str, str] = {}
@@ -890,7 +894,7 @@ class Log:
 
 def parse_config(args: Optional[list[str]] = None) -> Config:
     """The options of a command line; raises `InputError` for the first that is wrong."""
-    return runs.ConfigParser(Config, RANGES).parse_args(args)
+    return ConfigParser(Config, RANGES).parse_args(args)
 
 
 WHERE_AND_HOW_FAST = """device compile eval_workers checkpoints_path resume project group log_freq
@@ -946,7 +950,7 @@ def check_memory(config: Config, task: Task, device: torch.device) -> None:
     values = 2 * rows * hidden * config.q_n_hidden_layers  # kept for the gradient
     stored = min(config.buffer_size, config.online_iterations) * (2 * inputs - task.action_dim + 3)
     needed = 4 * (5 * critics + 4 * actor + values + stored)  # with gradients, Adam and targets
-    if needed > (left := runs.available_memory(device)):
+    if needed > (left := machine.available_memory(device)):
         names = "hidden_dim q_n_hidden_layers actor_n_hidden_layers batch_size cql_n_actions"
         names += " buffer_size online_iterations"
         sizes = ", ".join(f"{name} {getattr(config, name)}" for name in names.split())
@@ -983,10 +987,10 @@ class Run:
             other = {name: value for name, value in theirs.items() if mine.get(name) != value}
             raise InputError(f"checkpoints_path: {directory.path} holds a run with {other}")
         if not saved and config.load_model:
-            model = runs.load_checkpoint(Path(config.load_model), self.device)
+            model = load_checkpoint(Path(config.load_model), self.device)
         scaling = {k: v.cpu().numpy() for k, v in model["scaling"].items()} if model else {}
         self.dataset = load_dataset(config, task, data, self.device, scaling)
-        runs.keep_freed_memory()
+        machine.keep_freed_memory()
         torch.manual_seed(config.seed)
         self.online = OnlineBuffer(config, task, self.device)
         self.agent = Agent(task.observation_dim, task.action_dim, config, self.device)

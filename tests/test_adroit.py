@@ -18,10 +18,10 @@ from test_resume import killed_at, resumed_like_left_alone
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = str(ROOT), str(ROOT / "tools")
 
+import d4rl_compat  # noqa: E402
 import make_dataset  # noqa: E402
 
 import cal_ql  # noqa: E402
-import d4rl_compat  # noqa: E402
 import tasks  # noqa: E402
 from cal_ql import Config, load_dataset  # noqa: E402
 from runs import InputError  # noqa: E402

@@ -10,12 +10,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import d4rl_compat
 import h5py
 import mujoco
 import numpy as np
 import pytest
-
-import d4rl_compat
 
 ROOT = Path(__file__).resolve().parents[1]
 

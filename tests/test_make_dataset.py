@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import d4rl_compat
 import h5py
 import numpy as np
 import pytest
 from test_cli import file_size_limit, kept_signals
 
-import d4rl_compat
 from tools import make_dataset
 
 ROOT = Path(__file__).resolve().parents[1]

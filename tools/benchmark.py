@@ -31,8 +31,10 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
-import runs
 import tasks
+from runs import machine
+from runs.errors import InputError
+from runs.signals import StopSignals
 from tools.command_line import Parser, one_line_errors
 
 
@@ -169,9 +171,7 @@ def kernels(config: cal_ql.Config, task: tasks.Task, compiled: bool) -> int:
 # ---------------------------------------------------------------------------- the loops
 
 
-def train_steps(
-    run: cal_ql.Run, log: cal_ql.Log, stop: runs.StopSignals, n: int, online: bool
-) -> None:
+def train_steps(run: cal_ql.Run, log: cal_ql.Log, stop: StopSignals, n: int, online: bool) -> None:
     """n steps of the real loop, between two evaluations and two episodes."""
     lengths = {"offline_iterations": 0 if online else n + 1}
     lengths["online_iterations"] = n + 1 if online else 0
@@ -184,7 +184,7 @@ def train_steps(
 
 def measure_loops(run: cal_ql.Run, log: cal_ql.Log, repeats: int, n: int) -> dict[str, float]:
     """Seconds of an update, of the products of a hidden layer and of the loops and their parts."""
-    config, device, stop = run.config, run.device, runs.StopSignals()
+    config, device, stop = run.config, run.device, StopSignals()
     batch = run.dataset.sample(config.batch_size)
     multiply = hidden_products(config, device)
     actor, lengths = run.agent.actor_on_cpu(), []
@@ -214,7 +214,7 @@ def measure_loops(run: cal_ql.Run, log: cal_ql.Log, repeats: int, n: int) -> dic
 
 def evaluation_rates(run: cal_ql.Run, repeats: int) -> dict[int, float]:
     """Environment steps a second of an evaluation, by the number of processes, once started."""
-    actor, rates = run.agent.actor_on_cpu(), {1: [], runs.available_cores(): []}
+    actor, rates = run.agent.actor_on_cpu(), {1: [], machine.available_cores(): []}
     evaluators = {}
     for workers in rates:
         config = dataclasses.replace(run.config, eval_workers=workers, n_episodes=16)
@@ -269,7 +269,7 @@ def benchmark(
     cuda = device.type == "cuda"
     compiled = {"eager": False, "compiled": True} if count_kernels else {}
     return {
-        "processor": runs.provenance()["processor"],
+        "processor": machine.provenance()["processor"],
         "threads": torch.get_num_threads(),
         "peak of the matrix products, GFLOP/s": peak / 1e9,
         "an update, GFLOP": needed / 1e9,
@@ -304,7 +304,7 @@ def main() -> None:
     args, options = parser.parse_known_args()
     for name, least in (("repeats", 1), ("transitions", 2)):
         if (found := getattr(args, name)) < least:
-            raise runs.InputError(f"{name}: found {found}, expected {least} or more")
+            raise InputError(f"{name}: found {found}, expected {least} or more")
     config = cal_ql.parse_config(options)
     with tempfile.TemporaryDirectory() as directory:
         config = dataclasses.replace(config, checkpoints_path=directory, log_freq=10)

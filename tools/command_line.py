@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from runs import InputError, RunError
+from runs.errors import InputError, RunError
 
 
 class Parser(argparse.ArgumentParser):

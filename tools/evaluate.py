@@ -22,8 +22,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
-import runs
 import tasks
+from runs.directory import checkpoints_in, load_checkpoint
+from runs.errors import InputError
 from tools.command_line import Parser, one_line_errors
 
 SIZE = 480, 360  # of a video, in pixels
@@ -33,10 +34,10 @@ FRAMES_PER_SECOND = 10
 
 def load_policy(run: Path) -> tuple[cal_ql.Config, cal_ql.Task, cal_ql.Actor, cal_ql.Scaling]:
     """The policy of a run directory or a checkpoint, on the CPU; raises `InputError`."""
-    found = runs.checkpoints_in(run) if run.is_dir() else [run]
+    found = checkpoints_in(run) if run.is_dir() else [run]
     if not found:
-        raise runs.InputError(f"{run} has no checkpoint_<step>.pt; is it a run directory?")
-    state = runs.load_checkpoint(found[-1], torch.device("cpu"))
+        raise InputError(f"{run} has no checkpoint_<step>.pt; is it a run directory?")
+    state = load_checkpoint(found[-1], torch.device("cpu"))
     config = cal_ql.Config(**state["config"])
     task = tasks.make(config.env, config.dataset_path)
     print(f"{found[-1]}, on {task.physics}")
@@ -67,7 +68,7 @@ class Filmed:
 
     def __init__(self, task: cal_ql.Task, path: Path):
         if path.suffix not in (".gif", ".mp4"):
-            raise runs.InputError(f"video: found {path}, expected a .gif or .mp4 file")
+            raise InputError(f"video: found {path}, expected a .gif or .mp4 file")
         self.task, self.score, self.path, self.frames = task, task.score, path, []
         self.steps_per_frame = math.ceil(task.max_episode_steps / MOST_FRAMES)
         base = task.env.unwrapped
@@ -88,9 +89,9 @@ class Filmed:
             self.camera.elevation = -70  # degrees: down into a maze
             path.touch()  # known now rather than after all episodes
         except OSError as error:
-            raise runs.InputError(f"video: cannot write {path} ({error.strerror})") from None
+            raise InputError(f"video: cannot write {path} ({error.strerror})") from None
         except Exception as error:  # each OpenGL library has errors of its own
-            raise runs.InputError(
+            raise InputError(
                 f"video: no OpenGL to render with ({type(error).__name__}: {error}); try "
                 "MUJOCO_GL=egl (a GPU or Mesa) or MUJOCO_GL=osmesa (Debian's libosmesa6)"
             ) from None
@@ -169,9 +170,9 @@ def main() -> None:
     parser.add_argument("--video", type=Path, help="GIF or MP4 file of the first episode")
     args = parser.parse_args()
     if args.episodes < 1:
-        raise runs.InputError(f"episodes: found {args.episodes}, expected 1 or more")
+        raise InputError(f"episodes: found {args.episodes}, expected 1 or more")
     if args.seed is not None and not 0 <= args.seed < 2**32:
-        raise runs.InputError(f"seed: found {args.seed}, expected 0 to 2**32 - 1")
+        raise InputError(f"seed: found {args.seed}, expected 0 to 2**32 - 1")
     print(evaluate(args.run, args.episodes, args.seed, args.video))
 
 

@@ -91,7 +91,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import d4rl_compat
+from tasks import d4rl_compat
 
 ROOT = Path(__file__).resolve().parents[1]
 WALKER = ROOT / "datasets" / "ant_walker.npz"
@@ -304,7 +304,7 @@ class MinariPoint(PointMaze):
     goals = {"open": (2, 3), "umaze": (1, 1), "medium": (6, 6), "large": (7, 9)}  # for evaluation
 
     def __init__(self, task: str):
-        from tasks import import_for, making_environment
+        from tasks.gymnasium_task import import_for, making_environment
 
         d4rl_compat.make("maze2d-open-v0")  # which imports D4RL without its messages
         gymnasium, _ = import_for(task, "gymnasium_robotics")
@@ -370,7 +370,7 @@ class OGBench:
     layout, config, packages = "npz", "ogbench", "mujoco ogbench"
 
     def __init__(self, task: str, length: int, **options: Any):
-        from tasks import import_for, silence
+        from tasks.gymnasium_task import import_for, silence
 
         family, self.data = task.partition("-singletask")[0].rsplit("-", 1)
         gymnasium, _ = import_for(task, "ogbench")
@@ -543,11 +543,12 @@ class BinaryDoor(Door):
 
 def read_demonstrations(path: Path) -> list[dict[str, Any]]:
     """The episodes in hand_dapg's file; raises ValueError where it is not that of the door."""
-    import tasks
+    from runs.errors import InputError
+    from tasks.adroit import unpickle
 
     state = frozenset(("qpos", "qvel", "door_body_pos"))
     try:
-        demonstrations = tasks.unpickle(path)
+        demonstrations = unpickle(path)
         kinds = {
             (
                 frozenset(one["init_state_dict"]),
@@ -556,7 +557,7 @@ def read_demonstrations(path: Path) -> list[dict[str, Any]]:
             )
             for one in demonstrations
         }
-    except tasks.InputError as error:
+    except InputError as error:
         raise ValueError(error) from None
     except (LookupError, TypeError, AttributeError):
         kinds = set()
@@ -683,7 +684,7 @@ def to_npz(path: Path, rows: Rows, about: dict[str, Any]) -> None:
 
 def to_minari(path: Path, rows: Rows, about: dict[str, Any]) -> None:
     """Write the folder of a Minari dataset, with an episode up to each timeout."""
-    from tasks import import_for, making_environment
+    from tasks.gymnasium_task import import_for, making_environment
 
     task = about["task"]
     _, minari = import_for(task, "minari")

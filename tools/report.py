@@ -35,7 +35,8 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
-from runs import InputError, read_config_file
+from runs.errors import InputError
+from runs.options import read_config_file
 from tools.command_line import Parser, one_line_errors
 
 SCORE, SUCCESS, REGRET = "eval/d4rl_normalized_score", "eval/success_rate", "train/regret"

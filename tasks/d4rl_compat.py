@@ -5,7 +5,7 @@ package index. Importing this module makes both names importable: the real packa
 work, else the small stand-ins below, which answer the part of their interfaces that gym and D4RL
 use. Tasks, rewards, resets and models are D4RL's own.
 
-    import d4rl_compat
+    from tasks import d4rl_compat
     env = d4rl_compat.make("antmaze-umaze-v2")
     observation = d4rl_compat.reset(env, seed=0)  # the episode depends on seed and actions alone
     observation, reward, done, info = env.step(env.action_space.sample())
