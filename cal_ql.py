@@ -59,7 +59,7 @@ from runs.options import ConfigParser, Ranges
 from runs.signals import Stop, StopSignals, blocked_signals
 from tasks import Task
 
-torch.set_flush_denormal(True)  # a CPU takes many times as long over numbers below 1e-38
+machine.flush_denormals()
 
 
 class Batch(NamedTuple):
