@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
 import tasks
 from runs import machine
-from runs.errors import InputError
+from runs.errors import InputError, run_program
 from runs.signals import StopSignals
-from tools.command_line import Parser, one_line_errors
+from tools.command_line import Parser
 
 
 def seconds(work: Callable, device: torch.device, count: int = 1) -> float:
@@ -295,7 +295,6 @@ def benchmark(
     }
 
 
-@one_line_errors
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
@@ -317,4 +316,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, "benchmark.py"))

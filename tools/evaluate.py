@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
 import tasks
 from runs.directory import checkpoints_in, load_checkpoint
-from runs.errors import InputError
-from tools.command_line import Parser, one_line_errors
+from runs.errors import InputError, run_program
+from tools.command_line import Parser
 
 SIZE = 480, 360  # of a video, in pixels
 MOST_FRAMES = 350  # steps between two frames are as many as that takes
@@ -161,7 +161,6 @@ def evaluate(run: Path, n: int, seed: int | None, video: Path | None) -> str:
     return "\n".join(lines)
 
 
-@one_line_errors
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="run directory or checkpoint")
@@ -177,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, "evaluate.py"))

@@ -35,9 +35,9 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
-from runs.errors import InputError
+from runs.errors import InputError, run_program
 from runs.options import read_config_file
-from tools.command_line import Parser, one_line_errors
+from tools.command_line import Parser
 
 SCORE, SUCCESS, REGRET = "eval/d4rl_normalized_score", "eval/success_rate", "train/regret"
 NO_METHOD = {*cal_ql.WHERE_AND_HOW_FAST, "env", "seed", "eval_seed", "precision", "name"}
@@ -429,7 +429,6 @@ def write_csv(runs: list[Run], path: Path) -> None:
                 rows.writerow([*name, int(step), *shown])
 
 
-@one_line_errors
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     option = parser.add_argument
@@ -464,4 +463,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, "report.py"))
