@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 import d4rl_compat
-
-ROOT = Path(__file__).resolve().parents[1]
+from helpers import ROOT
 
 # Observation and action dimensions, time limit, and the scores that count as 0 and as 100.
 POINT = {

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from test_cli import write_dataset
 
 import tasks
 from cal_ql import Actor, Config, load_dataset, play_episode, transitions_of
+from helpers import write_dataset
 from runs import InputError
 
 FAILURE_REWARDS = {
