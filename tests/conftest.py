@@ -1,6 +1,7 @@
 """Every test on one core, nothing sent to W&B, the longest files first."""
 
 import os
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
@@ -13,6 +14,8 @@ torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None, max_examples=50)  # a busy machine is no failure
 settings.load_profile("tests")
 
+pytest.register_assert_rewrite("helpers")  # a failure there also shows its values
+
 LONGEST = """test_resume test_ogbench test_update test_wandb test_sweeps test_minari test_adroit
     test_make_dataset test_d4rl_compat test_evaluation test_tools test_cli""".split()
 
@@ -21,3 +24,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Processes take files in this order, so that none is left alone with a long one at the end."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -9,22 +9,17 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import h5py
-import kill_test
 import numpy as np
 import pytest
 import torch
-from test_resume import killed_at, resumed_like_left_alone
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = str(ROOT), str(ROOT / "tools")
-
-import d4rl_compat  # noqa: E402
-import make_dataset  # noqa: E402
-
-import cal_ql  # noqa: E402
-import tasks  # noqa: E402
-from cal_ql import Config, load_dataset  # noqa: E402
-from runs import InputError  # noqa: E402
+import cal_ql
+import tasks
+from cal_ql import Config, load_dataset
+from helpers import finish, killed_at, resumed_like_left_alone, start_run
+from runs.errors import InputError
+from tasks import d4rl_compat
+from tools import make_dataset
 
 HANDS = ["pen", "door", "relocate", "hammer"]
 KEYS = "observations", "actions", "next_observations", "rewards"
@@ -208,7 +203,7 @@ def test_a_pickle_that_calls_something_calls_nothing(call, protocol, tmp_path, m
     monkeypatch.chdir(tmp_path)
     Path("a.npy").write_bytes(pickle.dumps([call], protocol))
     with pytest.raises(InputError, match=r"a.npy: not a whole pickle .* calls \w+\.\w+"):
-        tasks.unpickle(Path("a.npy"))
+        tasks.adroit.unpickle(Path("a.npy"))
     assert os.listdir() == ["a.npy"]
 
 
@@ -250,7 +245,7 @@ def test_bad_input_is_named_in_one_line(tmp_path):
         task.rows(dense)
     (tmp_path / "pen_bc_sparse4.npy").write_bytes(pickle.dumps([{"rewards": [0.0]}]))
     options = ["--env", task.name, "--dataset_path", ".", "--device", "cpu"]
-    done = kill_test.finish(kill_test.start(tmp_path, *options))
+    done = finish(start_run(tmp_path, *options))
     assert done.returncode == 2 and done.stdout == "" and "calls posix.mkdir" in done.stderr
     assert done.stderr.startswith("cal_ql.py: error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "ran").exists()

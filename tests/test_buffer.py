@@ -22,6 +22,7 @@ from cal_ql import (
     sample_mixed,
     transitions_of,
 )
+from tasks import d4rl_compat
 
 S, A = 3, 2
 CPU = torch.device("cpu")
@@ -153,8 +154,8 @@ def play(monkeypatch):
     def play(episodes, name="maze2d-test-v0", explore=True):
         script = Script(episodes)
         env = gym.wrappers.TimeLimit(script, LIMIT)
-        monkeypatch.setattr(tasks.d4rl_compat, "make", lambda name: env)
-        monkeypatch.setattr(tasks.d4rl_compat, "reset", lambda env, seed: env.reset())
+        monkeypatch.setattr(d4rl_compat, "make", lambda name: env)
+        monkeypatch.setattr(d4rl_compat, "reset", lambda env, seed: env.reset())
         task, actor = tasks.make(name), Actor(2, A, Config(hidden_dim=8))
         played = [play_episode(task, actor, SCALING, n, explore) for n in range(len(episodes))]
         return script, played

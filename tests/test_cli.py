@@ -10,7 +10,6 @@ import io
 import math
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -20,116 +19,22 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import h5py
-import kill_test
-import numpy as np
 import pytest
 import torch
 import yaml
 
 import cal_ql
 import tasks
-
-ROOT = Path(__file__).resolve().parents[1]
-
-SMALL = """--env maze2d-umaze-v1 --dataset_path data.hdf5 --device cpu --hidden_dim 8
-    --q_n_hidden_layers 1 --actor_n_hidden_layers 1 --batch_size 16 --cql_n_actions 2
-    --offline_iterations 20 --online_iterations 310 --eval_freq 100 --n_episodes 1
-    --log_freq 10""".split()
-
-
-@contextlib.contextmanager
-def kept_signals() -> Iterator[None]:
-    """Afterwards, SIGINT and SIGTERM do again what they did before."""
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        yield
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
-
-
-def call(*args: Any) -> subprocess.CompletedProcess:
-    """`python cal_ql.py ARGS` within this process, which saves the seconds of its imports."""
-    out, err = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
-    with (
-        mock.patch.object(sys, "argv", ["cal_ql.py", *map(str, args)]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        kept_signals(),
-    ):
-        try:
-            code = cal_ql.main()
-        except SystemExit as end:
-            code = end.code or 0
-    for stream in (out, err):
-        stream.seek(0)
-    return subprocess.CompletedProcess(args, code, out.read(), err.read())
-
-
-def error_line(result: subprocess.CompletedProcess, code: int = 2, kind: str = "error") -> str:
-    """The one line on stderr of a process that ended with `code`, the progress bar aside."""
-    assert result.returncode == code, result.stderr
-    lines = re.split(r"[\r\n]+", result.stderr)
-    lines = [line for line in lines if line and not re.search(r" \[\d\d:\d\d", line)]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith(f"cal_ql.py: {kind}: ")
-    return lines[0]
-
-
-def parse(*args: Any) -> cal_ql.Config:
-    return cal_ql.parse_config(list(map(str, args)))
-
-
-def write_dataset(
-    path: Path, observation_dim: int = 4, action_dim: int = 2, n: int = 400, **changed: Any
-) -> Path:
-    """Random rows in D4RL's layout, episodes of 40 steps; arrays in `changed` replace theirs."""
-    rng = np.random.default_rng(0)
-    arrays = {
-        "observations": rng.normal(size=(n, observation_dim)).astype(np.float32),
-        "actions": rng.uniform(-1, 1, (n, action_dim)).astype(np.float32),
-        "rewards": (rng.random(n) < 0.1).astype(np.float32),
-        "terminals": np.zeros(n, bool),
-        "timeouts": np.arange(1, n + 1) % 40 == 0,
-        **changed,
-    }
-    with h5py.File(path, "w") as file:
-        for key, array in arrays.items():
-            file[key] = array
-    return path
-
-
-def only_run(path: Path) -> Path:
-    """Directory of the one run whose checkpoints_path is `path`."""
-    (metrics,) = path.glob("*/metrics.jsonl")
-    return metrics.parent
-
-
-def newest(path: Path) -> Path:
-    """Last checkpoint of that run."""
-    return max(only_run(path).glob("checkpoint_*.pt"), key=lambda file: int(file.stem[11:]))
-
-
-@contextlib.contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """Within, no file may grow beyond so many bytes: OSError, as from a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+from helpers import ROOT, SMALL, call, error_line, finish, parse, start_run, write_dataset
+from tasks.d4rl import D4RL
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(folder: Path) -> Path:
     """The working directory, with a small dataset of maze2d-umaze-v1 in data.hdf5."""
-    monkeypatch.chdir(tmp_path)
-    write_dataset(tmp_path / "data.hdf5")
-    return tmp_path
+    write_dataset(folder / "data.hdf5")
+    return folder
 
 
 # ---------------------------------------------------------------------------- options
@@ -335,8 +240,8 @@ def test_a_dataset_directory_that_is_a_file_is_named(
 def test_bad_input_at_the_real_command_line(tmp_path: Path) -> None:
     """D4RL makes its folder for data where it is imported, if it can."""
     env = {**os.environ, "D4RL_DATASET_DIR": "/dev/null/datasets"}
-    process = kill_test.start(tmp_path, *SMALL, "--dataset_path", "nowhere.hdf5", env=env)
-    assert "there is no file nowhere.hdf5" in error_line(kill_test.finish(process))
+    process = start_run(tmp_path, *SMALL, "--dataset_path", "nowhere.hdf5", env=env)
+    assert "there is no file nowhere.hdf5" in error_line(finish(process))
 
 
 def test_importing_the_script_starts_nothing(tmp_path: Path) -> None:
@@ -377,14 +282,14 @@ def server(answer: Answer) -> Iterator[str]:
 def fetch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Runs without a dataset_path, the task's file being at the address given."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(folder / "cache" / "d4rl"))
-    make = tasks.Task.__init__
+    make = D4RL.__init__
 
     def run_from(url: str) -> subprocess.CompletedProcess:
-        def make_with_url(task: tasks.Task, name: str) -> None:
+        def make_with_url(task: D4RL, name: str) -> None:
             make(task, name)
             task.env.unwrapped.dataset_url = task.env.dataset_url and url
 
-        monkeypatch.setattr(tasks.Task, "__init__", make_with_url)
+        monkeypatch.setattr(D4RL, "__init__", make_with_url)
         return call(*SMALL, "--dataset_path", "null", "--online_iterations", 0)
 
     return run_from

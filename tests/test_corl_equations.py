@@ -8,12 +8,12 @@ import math
 
 import pytest
 import torch
-from test_losses import A, make_agent, make_batch, make_noise
 from torch import Tensor
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 from cal_ql import Agent, Batch, Noise
+from helpers import A, make_agent, make_batch, make_noise
 
 UPDATES = 4
 ONLINE_FROM = 2  # the last two updates are those of the online phase

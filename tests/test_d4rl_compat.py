@@ -10,13 +10,13 @@ import sys
 import textwrap
 from pathlib import Path
 
-import d4rl_compat
 import h5py
 import mujoco
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from helpers import ROOT
+from tasks import d4rl_compat
 
 # Observation and action dimensions, time limit, and the scores that count as 0 and as 100.
 POINT = {
@@ -271,7 +271,7 @@ def test_nothing_is_printed_and_no_file_is_left(tmp_path):
     done = run_python(
         """
         import os, sys
-        import d4rl_compat
+        from tasks import d4rl_compat
         for name in ("antmaze-umaze-v2", "maze2d-umaze-v1", "door-human-v1", "kitchen-mixed-v0"):
             env = d4rl_compat.make(name)
             d4rl_compat.reset(env, 0)
@@ -303,7 +303,7 @@ def test_import_is_cheap_and_silent():
     done = run_python(
         """
         import sys
-        import d4rl_compat
+        from tasks import d4rl_compat
         heavy = {"gym", "d4rl", "torch", "dm_control", "matplotlib"} & set(sys.modules)
         assert not heavy, heavy
         import importlib.util, mujoco_py, mjrl.envs.mujoco_env

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 import tasks
 from cal_ql import Batch, Config, Dataset, Scaling, load_dataset, return_to_go
-from runs import InputError
-from tasks import Task, episode_ends
+from helpers import QUICKSTART
+from runs.errors import InputError
+from tasks import episode_ends
+from tasks.d4rl import D4RL as Task
 
 LIMIT, S, A = 5, 3, 2
 
@@ -32,7 +34,6 @@ class SmallTask(Task):
 
 
 TASK = SmallTask()
-SMALL_MAZE = Path(__file__).resolve().parents[1] / "datasets" / "maze2d-umaze-v1-small.hdf5"
 
 
 @pytest.fixture(scope="session")
@@ -184,10 +185,10 @@ def test_transitions_are_those_of_d4rl_without_timeouts(path, d4rl, full, short,
 
 
 def test_the_small_maze_file_is_read_as_d4rl_reads_it(maze, d4rl):
-    raw = maze.env.get_dataset(h5path=str(SMALL_MAZE))
+    raw = maze.env.get_dataset(h5path=str(QUICKSTART))
     expected = d4rl.qlearning_dataset(maze.env, raw)
     config = Config(normalize=False)
-    check_transitions(load_dataset(config, maze, SMALL_MAZE, torch.device("cpu"), {}), expected)
+    check_transitions(load_dataset(config, maze, QUICKSTART, torch.device("cpu"), {}), expected)
 
 
 def test_actions_are_scaled_into_the_unit_box(path):

@@ -6,7 +6,6 @@ import signal
 import time
 from pathlib import Path
 
-import kill_test
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ from cal_ql import (
     episode_seed,
     play_episode,
 )
+from helpers import RUN, start_run, wait_until
 
 MAZE = "maze2d-umaze-v1"
 N = 4
@@ -117,9 +117,9 @@ def group_members(leader: int) -> list[str]:
     ids=["SIGTERM to the group", "SIGINT to the group", "SIGKILL to the parent"],
 )
 def test_a_signal_while_workers_start_leaves_none_behind(signum, code, tmp_path):
-    options = [*kill_test.RUN, "--eval_workers", 2, "--n_episodes", 2]
-    process = kill_test.start(tmp_path, *options, start_new_session=True)
-    kill_test.wait_until(
+    options = [*RUN, "--eval_workers", 2, "--n_episodes", 2]
+    process = start_run(tmp_path, *options, start_new_session=True)
+    wait_until(
         process, lambda: sum("spawn_main" in line for line in group_members(process.pid)) == 2
     )
     (os.kill if signum == signal.SIGKILL else os.killpg)(process.pid, signum)

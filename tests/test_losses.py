@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cal_ql import Agent, Batch, Config, Noise, Sample
+from helpers import A, B, N, S, make_agent, make_batch, make_noise
 
-S, A, B, N = 3, 2, 6, 3  # sizes of an observation, an action, a batch; actions sampled per state
 CQL_ALPHA = 5.0
 
 COMBINATIONS = [
@@ -30,48 +30,6 @@ OPTIONS = {
     "normalised critics": dict(critic_layer_norm=True),
     "gap and discount": dict(cql_lagrange=True, cql_target_action_gap=0.8, discount=0.5),
 }
-
-
-def make_agent(**options) -> Agent:
-    """An agent in float64, its parameters far from zero and from each other."""
-    torch.manual_seed(2)  # with it, values lie on both sides of the bound
-    sizes = dict(batch_size=B, cql_n_actions=N, hidden_dim=7, actor_n_hidden_layers=2)
-    agent = Agent(S, A, Config(**sizes | options), torch.device("cpu")).double()
-    for network, scale in ((agent.actor, 0.5), (agent.critic, 1.0), (agent.target_critic, 1.0)):
-        for parameter in network.parameters():
-            parameter.data = scale * torch.randn_like(parameter)
-    for temperature, start in ((agent.log_alpha, 0.3), (agent.log_alpha_prime, -0.4)):
-        if temperature is agent.log_alpha_prime or agent.config.use_automatic_entropy_tuning:
-            temperature.data.fill_(start)
-    return agent
-
-
-def make_batch(seed: int = 0) -> Batch:
-    """Float64 transitions, with a terminal and actions on the edge."""
-    random = np.random.default_rng(seed)
-    actions = random.uniform(-1, 1, (B, A))
-    actions[1] = [1.0, -1.0]
-    returns = random.normal(0.0, 6.0, B)
-    columns = (
-        random.normal(size=(B, S)),
-        actions,
-        random.normal(size=B),
-        random.normal(size=(B, S)),
-        np.arange(B) == 2,
-        returns,
-    )
-    return Batch(*(torch.tensor(column, dtype=torch.float64) for column in columns))
-
-
-def make_noise(config: Config, seed: int = 0) -> Noise:
-    generator = torch.Generator().manual_seed(seed)
-    n_target = N if config.cql_max_target_backup else 1
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    uniform = torch.rand((B, N, A), generator=generator, dtype=torch.float64) * 2 - 1
-    return Noise(normal(B, A), normal(B, N, A), normal(B, N, A), normal(B, n_target, A), uniform)
 
 
 def named_parameters(agent: Agent) -> dict[str, Tensor]:

@@ -8,17 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import d4rl_compat
 import h5py
 import numpy as np
 import pytest
-from test_cli import file_size_limit, kept_signals
 
+from helpers import QUICKSTART, ROOT, file_size_limit, kept_signals
+from tasks import d4rl_compat
 from tools import make_dataset
 
-ROOT = Path(__file__).resolve().parents[1]
 TOOL = [sys.executable, str(ROOT / "tools" / "make_dataset.py")]
-QUICKSTART = ROOT / "datasets" / "maze2d-umaze-v1-small.hdf5"
 ANT, POINT = "antmaze-umaze-v2", "maze2d-umaze-v1"
 SIZES = {ANT: 2_000, POINT: 100_000}
 

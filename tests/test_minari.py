@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from test_cli import ROOT, cal_ql, call, error_line, kill_test, tasks
-from test_resume import killed_at, resumed_like_left_alone
+
+import cal_ql
+import tasks
+from helpers import ROOT, call, error_line, finish, killed_at, resumed_like_left_alone, start_run
 
 gymnasium, minari = pytest.importorskip("gymnasium"), pytest.importorskip("minari")
 pytest.importorskip("gymnasium_robotics")
@@ -155,7 +157,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make(root: Path) -> Callable[[str], tasks.Minari]:
+def make(root: Path) -> Callable[[str], tasks.minari.Minari]:
     return cache(lambda name: tasks.make(name, str(root)))
 
 
@@ -271,7 +273,7 @@ def test_scores(root, make):
 
 
 def test_a_made_pointmaze_is_what_its_environment_paid(tmp_path, monkeypatch):
-    import make_dataset
+    from tools import make_dataset
 
     monkeypatch.setattr(make_dataset, "POINT_TRAJECTORY", 400)
     few = partial(minari.create_dataset_from_buffers, num_episodes_average_score=1)
@@ -358,10 +360,10 @@ import os, shutil, sys
 target = os.path.join(os.environ["MINARI_DATASETS_PATH"], sys.argv[1])
 shutil.copytree(os.path.join({str(root)!r}, sys.argv[1]), target)
 """
-    monkeypatch.setattr(tasks, "MINARI_DOWNLOAD", copy + "sys.exit(1)")
+    monkeypatch.setattr(tasks.minari, "MINARI_DOWNLOAD", copy + "sys.exit(1)")
     assert "exit code 1" in error_line(call(*TINY, "--env", DOOR))
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(tasks, "MINARI_DOWNLOAD", copy)
+    monkeypatch.setattr(tasks.minari, "MINARI_DOWNLOAD", copy)
     assert tasks.make(DOOR).data_file(None) == tmp_path / DOOR
     assert [path.name for path in tmp_path.iterdir()] == ["D4RL"]
 
@@ -370,11 +372,11 @@ def test_a_signal_stops_a_download_at_once(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes requests, and never answers
         env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "NO_PROXY": "*"}
         env |= {"MINARI_DATASETS_PATH": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        process = kill_test.start(tmp_path, *TINY, "--env", DOOR, env=os.environ | env)
+        process = start_run(tmp_path, *TINY, "--env", DOOR, env=os.environ | env)
         connection, _ = server.accept()
         connection.settimeout(60)
         assert connection.recv(10_000).startswith(b"GET /api/")
         process.send_signal(signal.SIGTERM)
-        assert kill_test.finish(process).returncode == 143
+        assert finish(process).returncode == 143
         assert connection.recv(1) == b""  # the process that downloads has gone too
     assert not list(tmp_path.iterdir())

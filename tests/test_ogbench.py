@@ -14,16 +14,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_resume import killed_at, resumed_like_left_alone
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-import make_dataset  # noqa: E402
-
-import cal_ql  # noqa: E402
-import tasks  # noqa: E402
-from runs import InputError  # noqa: E402
+import cal_ql
+import tasks
+from helpers import ROOT, killed_at, resumed_like_left_alone
+from runs.errors import InputError
+from tools import make_dataset
 
 CUBE, POINT = "cube-single-noisy-singletask-task4-v0", "pointmaze-medium-navigate-singletask-v0"
 SCENE = "scene-play-singletask-v0"

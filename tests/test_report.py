@@ -14,9 +14,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import ROOT
 from tools import report
 
-ROOT = Path(__file__).resolve().parents[1]
 MAZE, DOOR = "maze2d-umaze-v1", "D4RL/door/human-v2"
 
 

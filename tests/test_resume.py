@@ -5,39 +5,49 @@ A run left alone is the measure: its metrics, checkpoints and stored transitions
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import json
 import math
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import kill_test
 import numpy as np
 import pytest
 import torch
-from test_cli import (
+
+import cal_ql
+from helpers import (
+    RUN,
     SMALL,
+    at_call,
     call,
+    differences,
     error_line,
     file_size_limit,
+    flatten,
+    killed_at,
     newest,
     only_run,
     parse,
+    records_of,
+    resumed_like_left_alone,
+    start_run,
+    step_reached,
+    stopped_at,
+    wait_until,
+    working_in,
     write_dataset,
 )
+from runs import directory
+from runs.directory import RunDirectory
+from runs.log import Wandb
+from tasks.d4rl import D4RL
 
-import cal_ql
-import runs
-import tasks
-
-RUN = kill_test.RUN  # 60 steps offline, then episodes of 300 steps at 60 and at 360
 SHORT = [*RUN, "--online_iterations", 80]  # to step 140
 
 
@@ -45,16 +55,9 @@ SHORT = [*RUN, "--online_iterations", 80]  # to step 140
 def left_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("left_alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with working_in(folder):
         assert call(*RUN).returncode == 0
     return folder
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -62,47 +65,6 @@ def copied(left_alone: Path, folder: Path) -> Path:
     """A copy of that folder, in which the run is finished, as working directory."""
     shutil.copytree(left_alone, folder, dirs_exist_ok=True)
     return folder
-
-
-@contextlib.contextmanager
-def at_call(owner: type, name: str, number: int, act: Callable[[], Any]) -> Iterator[None]:
-    """Within, the call of that number of the method `owner.name` does `act` first."""
-    method, calls = getattr(owner, name), iter(range(1, 10**9))
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == number:
-            act()
-        return method(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, counting)
-        yield
-
-
-def stopped_at(owner: type, name: str, number: int, *options: Any) -> None:
-    """A run with these options that a SIGTERM ends at that call."""
-    with at_call(owner, name, number, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        assert "by SIGTERM" in error_line(call(*options), code=143, kind="stopped")
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nobody takes it, and nothing is saved."""
-
-
-def killed_at(owner: type, name: str, number: int, *options: Any) -> None:
-    """A run with these options that ends at that call as by kill -9."""
-
-    def die() -> None:
-        raise Killed
-
-    with at_call(owner, name, number, die), pytest.raises(Killed):
-        call(*options)
-    assert list(Path().glob("*/checkpoint_*.pt"))  # to go on from
-    gc.collect()  # the run's lock is held by the frames that the exception knows
-
-
-def step_reached(folder: Path, step: int) -> Callable[[], bool]:
-    return lambda: any(record["step"] >= step for record in kill_test.records(folder))
 
 
 def ended_by(process: subprocess.Popen, signum: int) -> int:
@@ -141,7 +103,7 @@ EVAL_METRICS = {
 
 
 def test_the_logged_names_are_those_that_the_field_plots_at_their_steps(left_alone: Path) -> None:
-    records = kill_test.records(left_alone)
+    records = records_of(left_alone)
     steps: dict[frozenset, list[int]] = {}
     for record in records:
         assert record["step"] == record.get("offline_iter", 60 + record.get("online_iter", 0))
@@ -160,7 +122,7 @@ def test_the_logged_names_are_those_that_the_field_plots_at_their_steps(left_alo
 
 def test_another_seed_gives_other_numbers(left_alone: Path, folder: Path) -> None:
     assert call(*RUN, "--seed", 1, "--online_iterations", 1).returncode == 0
-    different = kill_test.differences(left_alone, folder)
+    different = differences(left_alone, folder)
     assert {"record 1 qf1_loss", "record 2 policy_loss", "transitions"} <= set(different)
 
 
@@ -189,7 +151,7 @@ def test_load_model_takes_weights_and_scaling(
     loaded = torch.load(newest(folder), weights_only=True)
     assert (loaded["step"], model["step"]) == (1, 380)
     for part in ("agent", "scaling"):
-        assert kill_test.flatten(loaded[part], "") == kill_test.flatten(model[part], "")
+        assert flatten(loaded[part], "") == flatten(model[part], "")
     steps = {state["step"].item() for state in loaded["optimizer"]["state"].values()}
     assert steps <= ({1, 381} if optimizer else {1})  # the multiplier is not trained here
 
@@ -212,12 +174,12 @@ def test_a_process_killed_or_stopped_at_any_moment_leaves_no_trace(
         (step_reached(folder, 100), signal.SIGTERM, 143),
     ]
     for holds, signum, code in moments:
-        process = kill_test.start(folder, *RUN)
-        kill_test.wait_until(process, holds)
+        process = start_run(folder, *RUN)
+        wait_until(process, holds)
         assert ended_by(process, signum) == code
     # two at once: what the first one asks for is not waited for
-    process = kill_test.start(folder, *RUN)
-    kill_test.wait_until(process, step_reached(folder, 250))
+    process = start_run(folder, *RUN)
+    wait_until(process, step_reached(folder, 250))
     process.send_signal(signal.SIGSTOP)
     saved = newest(folder)
     process.send_signal(signal.SIGTERM)
@@ -226,11 +188,11 @@ def test_a_process_killed_or_stopped_at_any_moment_leaves_no_trace(
     assert newest(folder) == saved
 
     assert call(*RUN).returncode == 0
-    assert kill_test.differences(left_alone, folder) == []
+    assert differences(left_alone, folder) == []
 
 
 def test_sigterm_saves_this_very_step_and_leaves_no_trace(left_alone: Path, folder: Path) -> None:
-    update, play = (cal_ql.Agent, "update"), (tasks.Task, "step")  # an episode has 300 steps
+    update, play = (cal_ql.Agent, "update"), (D4RL, "step")  # an episode has 300 steps
     moments = {
         "evaluating at the start": (play, 150, 0),
         "offline": (update, 40, 40),
@@ -245,12 +207,12 @@ def test_sigterm_saves_this_very_step_and_leaves_no_trace(left_alone: Path, fold
         assert newest(folder).name == f"checkpoint_{step}.pt", moment
         assert torch.load(newest(folder), weights_only=True)["step"] == step
     assert call(*RUN).returncode == 0
-    assert kill_test.differences(left_alone, folder) == []
+    assert differences(left_alone, folder) == []
 
 
 def test_a_stop_ends_the_wait_for_wandb(left_alone: Path, folder: Path) -> None:
-    stopped_at(runs.Wandb, "close", 1, *RUN)
-    assert kill_test.differences(left_alone, folder) == []
+    stopped_at(Wandb, "close", 1, *RUN)
+    assert differences(left_alone, folder) == []
 
 
 def test_a_resumed_run_that_stops_before_it_logs_resumes_again(
@@ -260,7 +222,7 @@ def test_a_resumed_run_that_stops_before_it_logs_resumes_again(
     for _ in range(2):
         stopped_at(cal_ql.Agent, "update", 1, *RUN)
     assert call(*RUN).returncode == 0
-    assert kill_test.differences(left_alone, folder) == []
+    assert differences(left_alone, folder) == []
 
 
 def test_an_extended_run_equals_one_that_was_longer(left_alone: Path, folder: Path) -> None:
@@ -269,27 +231,7 @@ def test_an_extended_run_equals_one_that_was_longer(left_alone: Path, folder: Pa
     assert call(*shorter).returncode == 0
     assert call(*RUN, "--online_iterations", 50).returncode == 0  # less is simply the end
     assert call(*RUN).returncode == 0
-    assert kill_test.differences(left_alone, folder, aside=165) == []
-
-
-def resumed_like_left_alone(
-    folder: Path,
-    left_alone: list[Any],
-    ended: list[Any],
-    *moment: Any,
-    end: Callable[..., None] = stopped_at,
-) -> list[str]:
-    """Differences between a run and one that ends at a call and is resumed, by their options."""
-    outcomes = folder / "left_alone", folder / "ended"
-    for outcome in outcomes:
-        outcome.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(outcomes[0])
-        assert call(*left_alone).returncode == 0
-        patch.chdir(outcomes[1])
-        end(*moment, *ended)
-        assert call(*ended).returncode == 0
-    return kill_test.differences(*outcomes)
+    assert differences(left_alone, folder, aside=165) == []
 
 
 def test_a_wrapping_buffer_resumes_exactly(folder: Path) -> None:
@@ -305,15 +247,15 @@ def test_antmaze_resumes_exactly_with_its_start_and_goal(
     data = write_dataset(folder / "data.hdf5", observation_dim=29, action_dim=8)
     options = [*SMALL, "--env", "antmaze-umaze-v2", "--dataset_path", data]
     options += ["--checkpoints_path", ".", "--offline_iterations", 0, "--online_iterations", 20]
-    real, episodes = tasks.Task.reset, []
+    real, episodes = D4RL.reset, []
 
-    def reset(task: tasks.Task, seed: int) -> np.ndarray:
+    def reset(task: D4RL, seed: int) -> np.ndarray:
         start = real(task, seed)
         episodes.append((seed, tuple(start), tuple(task.env.unwrapped.target_goal)))
         return start
 
-    monkeypatch.setattr(tasks.Task, "reset", reset)
-    in_training = tasks.Task, "step", 700 + 40
+    monkeypatch.setattr(D4RL, "reset", reset)
+    in_training = D4RL, "step", 700 + 40
     assert resumed_like_left_alone(folder, options, options, *in_training) == []
     # evaluation, training, evaluation; the same up to the signal; training again, evaluation
     first, training, last = episodes[:3]
@@ -325,14 +267,14 @@ def test_a_run_without_an_online_phase_resumes(folder: Path) -> None:
     options = [*RUN, "--online_iterations", 0]
     stopped_at(cal_ql.Agent, "update", 40, *options)
     assert call(*options).returncode == 0
-    assert [r["step"] for r in kill_test.records(folder)] == [0, *range(10, 61, 10), 60]
+    assert [r["step"] for r in records_of(folder)] == [0, *range(10, 61, 10), 60]
 
 
 # ---------------------------------------------------------------------------- run directories
 
 
 def test_a_run_that_another_process_holds_is_refused_for_now(copied: Path) -> None:
-    holder = runs.RunDirectory(only_run(copied), resume=True)
+    holder = RunDirectory(only_run(copied), resume=True)
     assert str(only_run(Path())) in error_line(call(*RUN), code=75)
     holder.lock.close()
 
@@ -376,9 +318,9 @@ def test_a_checkpoint_of_other_options_is_refused_and_they_are_named(copied: Pat
 def test_resuming_elsewhere_says_in_one_line_that_numbers_may_differ(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = runs.provenance()
+    here = directory.provenance()
     assert here.keys() == {"commit", "torch", "processor", "threads"}
-    monkeypatch.setattr(runs, "provenance", lambda: here)  # whoever edits the code meanwhile
+    monkeypatch.setattr(directory, "provenance", lambda: here)  # whoever edits the code meanwhile
     starts = only_run(copied) / "starts.jsonl"
     starts.write_text(json.dumps({"step": 0, **here}) + "\n")
     assert "may differ" not in call(*RUN).stdout
@@ -436,7 +378,7 @@ def test_a_broken_newest_checkpoint_costs_a_few_steps_and_no_more(
     assert result.returncode == 0
     (line,) = [x for x in (result.stdout + result.stderr).splitlines() if broken.name in x]
     assert "set aside" in line and broken.with_suffix(".broken").exists()
-    assert kill_test.differences(left_alone, copied) == []
+    assert differences(left_alone, copied) == []
 
 
 def test_where_all_checkpoints_are_broken_nothing_is_lost(copied: Path) -> None:
@@ -457,7 +399,7 @@ def test_rows_that_are_not_there_cost_the_checkpoints_that_need_them(
     shutil.copy(only_run(copied) / "checkpoint_60.pt", "checkpoint_60.pt")  # needs none
     truncate(rows)  # the first of two episodes
     assert call(*RUN).returncode == 0
-    assert kill_test.differences(left_alone, copied) == []
+    assert differences(left_alone, copied) == []
     (only_run(copied) / "checkpoint_60.pt").unlink()
     empty(rows)
     for _ in range(2):
@@ -476,7 +418,7 @@ def test_a_copied_checkpoint_is_none_of_the_runs(left_alone: Path, folder: Path)
     shutil.copy(newest(folder), only_run(folder) / "checkpoint_best.pt")
     assert call(*RUN).returncode == 0
     (only_run(folder) / "checkpoint_best.pt").unlink()
-    assert kill_test.differences(left_alone, folder) == []
+    assert differences(left_alone, folder) == []
 
 
 # ---------------------------------------------------------------------------- faults
@@ -537,7 +479,7 @@ def fail() -> None:
 def test_an_environment_that_fails_is_named_and_the_run_saved(
     method: str, number: int, skipped: int, folder: Path
 ) -> None:
-    with at_call(tasks.Task, method, number, fail):
+    with at_call(D4RL, method, number, fail):
         line = error_line(call(*SHORT), code=1)
     purpose = "train" if skipped else "eval"
     seed, step = cal_ql.episode_seed(0, purpose, 0), 149 if method == "step" else 0
@@ -546,5 +488,5 @@ def test_an_environment_that_fails_is_named_and_the_run_saved(
     counts = torch.load(newest(folder), weights_only=True)["counts"]
     assert counts["episodes"] == skipped  # so that it is not tried for ever
     assert call(*SHORT).returncode == 0
-    updates = [r["step"] for r in kill_test.records(folder) if "updates_per_second" in r]
+    updates = [r["step"] for r in records_of(folder) if "updates_per_second" in r]
     assert updates == [*range(10, 141, 10)]

@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import wandb
 import yaml
-from test_cli import SMALL, call, write_dataset
-from wandb_server import Server
 
 import cal_ql
+from helpers import ROOT, SMALL, call, write_dataset
+from wandb_server import Server
 
-ROOT = Path(__file__).resolve().parents[1]
 FAST = [*SMALL, *"--env maze2d-open-v0 --eval_freq 100000".split()]  # episodes of 150 steps
 WANDB = """import sys
 from wandb import wandb_agent

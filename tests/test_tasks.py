@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from test_cli import write_dataset
 
 import tasks
 from cal_ql import Actor, Config, load_dataset, play_episode, transitions_of
-from runs import InputError
+from helpers import write_dataset
+from runs.errors import InputError
 
 FAILURE_REWARDS = {
     "antmaze-umaze-v2": 0.0,

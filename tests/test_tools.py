@@ -6,25 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kill_test
 import pytest
 import torch
-from test_cli import call, kept_signals, only_run
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import cal_ql
-import runs
+from helpers import ROOT, RUN, call, kept_signals, only_run, records_of, working_in
+from runs import machine
 from tools import benchmark, evaluate
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory) -> Path:
-    options = [*kill_test.RUN, "--online_iterations", 0, "--n_episodes", 3, "--eval_seed", 7]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("runs"))
+    options = [*RUN, "--online_iterations", 0, "--n_episodes", 3, "--eval_seed", 7]
+    with working_in(tmp_path_factory.mktemp("runs")):
         assert call(*options, "--eval_workers", 1).returncode == 0
         return only_run(Path().absolute())
 
@@ -37,12 +33,12 @@ def run_evaluate(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
         return evaluate.main(), *capsys.readouterr()
 
-    monkeypatch.setattr(runs, "available_cores", lambda: 1)
+    monkeypatch.setattr(machine, "available_cores", lambda: 1)
     return run
 
 
 def test_evaluate_repeats_the_score_that_the_run_recorded(finished_run, run_evaluate):
-    record = kill_test.records(finished_run.parent)[-1]
+    record = records_of(finished_run.parent)[-1]
     shutil.copy(finished_run / "checkpoint_60.pt", finished_run / "checkpoint_best.pt")
     code, printed, _ = run_evaluate(finished_run, "--episodes", 3)
     assert code == 0 and "3 episodes of maze2d-umaze-v1, seed 7" in printed
@@ -123,10 +119,10 @@ def test_benchmark_counts_kernels_and_not_views():
 
 def test_benchmark_reports_a_run(tmp_path, monkeypatch):
     real = benchmark.seconds
-    monkeypatch.setattr(runs, "available_cores", lambda: 1)
+    monkeypatch.setattr(machine, "available_cores", lambda: 1)
     # as on a slow machine, so that it makes few calls
     monkeypatch.setattr(benchmark, "seconds", lambda work, *args: 100 * real(work, *args))
-    options = [*kill_test.RUN, "--online_iterations", 1000, "--checkpoints_path", tmp_path]
+    options = [*RUN, "--online_iterations", 1000, "--checkpoints_path", tmp_path]
     config = cal_ql.parse_config(list(map(str, options)))
     with kept_signals():
         found = benchmark.benchmark(config, repeats=1)

@@ -15,46 +15,57 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import kill_test
 import pytest
 import wandb
-from test_cli import call, only_run
 from wandb.proto.wandb_internal_pb2 import Record
 
-import runs
+from helpers import (
+    ROOT,
+    RUN,
+    call,
+    differences,
+    finish,
+    only_run,
+    records_of,
+    start_run,
+    wait_until,
+    working_in,
+)
+from runs.log import Wandb
+from wandb_server import KEY
 
-RUN = [*kill_test.RUN, "--online_iterations", "100"]  # evaluates at 0, 60, 150 and 160
-KEY = "0123456789" * 4
+SHORT = [*RUN, "--online_iterations", "100"]  # evaluates at 0, 60, 150 and 160
 
 
 def environment(folder: Path, **env: str) -> dict[str, str]:
     """No W&B settings but those of `env`, and no home to find any in."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    return {**clean, "HOME": str(folder / "home"), "PYTHONPATH": str(kill_test.ROOT), **env}
+    return {**clean, "HOME": str(folder / "home"), "PYTHONPATH": str(ROOT), **env}
 
 
 def start(folder: Path, **env: str) -> subprocess.Popen:
     env = environment(folder, **env)
-    return kill_test.start(folder, *RUN, env=env, stdin=subprocess.DEVNULL)
+    return start_run(folder, *SHORT, env=env, stdin=subprocess.DEVNULL)
 
 
 SIGNALLED = """
-import itertools, os, cal_ql, tasks
-step, calls = tasks.Task.step, itertools.count(1)
+import itertools, os, cal_ql
+from tasks.d4rl import D4RL
+step, calls = D4RL.step, itertools.count(1)
 
 def step_or_signal(*args):
     if next(calls) == {}:
         os.kill(os.getpid(), {})
     return step(*args)
 
-tasks.Task.step = step_or_signal
+D4RL.step = step_or_signal
 os._exit(cal_ql.main())
 """
 
 
 def signalled(folder: Path, number: int, signum: int) -> int:
     """The exit code of such a run that gets a signal at that call of Task.step."""
-    command = [sys.executable, "-c", SIGNALLED.format(number, int(signum)), *RUN]
+    command = [sys.executable, "-c", SIGNALLED.format(number, int(signum)), *SHORT]
     return subprocess.run(command, cwd=folder, env=environment(folder)).returncode
 
 
@@ -62,9 +73,8 @@ def signalled(folder: Path, number: int, signum: int) -> int:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the same run without W&B."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert call(*RUN).returncode == 0
+    with working_in(folder):
+        assert call(*SHORT).returncode == 0
     return folder
 
 
@@ -125,14 +135,14 @@ def by_step(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 def test_sigterm_ends_a_run_that_waits_for_the_server(unreachable: dict[str, Any]) -> None:
     folder, process = unreachable["hangs, stop"]
-    kill_test.wait_until(process, lambda: any(folder.glob("*/starts.jsonl")))
+    wait_until(process, lambda: any(folder.glob("*/starts.jsonl")))
     process.terminate()
-    result = kill_test.finish(process)
+    result = finish(process)
     assert result.returncode == 143 and "W&B" not in result.stdout  # it gives up by itself later
 
 
 def test_the_last_records_are_waited_for_with_little_patience() -> None:
-    client, never = object.__new__(runs.Wandb), threading.Event()
+    client, never = object.__new__(Wandb), threading.Event()
     client.run = SimpleNamespace(finish=never.wait)
     client.close(patience=0.01)  # or this test never ends
     never.set()
@@ -140,7 +150,7 @@ def test_the_last_records_are_waited_for_with_little_patience() -> None:
 
 @pytest.mark.filterwarnings("error")  # of an exception in a thread
 def test_the_last_records_may_be_lost_without_a_word() -> None:
-    client = object.__new__(runs.Wandb)
+    client = object.__new__(Wandb)
     client.run = SimpleNamespace(finish=lambda: 1 / 0)
     client.close(patience=10.0)
 
@@ -148,10 +158,10 @@ def test_the_last_records_may_be_lost_without_a_word() -> None:
 def test_a_wandb_other_than_the_pinned_one_is_named_and_stops_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    assert f"wandb=={wandb.__version__}\n" in (kill_test.ROOT / "requirements.txt").read_text()
+    assert f"wandb=={wandb.__version__}\n" in (ROOT / "requirements.txt").read_text()
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(wandb, "login", lambda: True)  # as before it knew `prompt`
-    run = runs.Wandb(None, project="CORL")
+    run = Wandb(None, project="CORL")
     run.send({"step": 1})
     (line,) = capsys.readouterr().out.splitlines()
     assert run.run is None and line.startswith("W&B fails, metrics.jsonl") and "'prompt'" in line
@@ -162,14 +172,14 @@ def test_every_record_arrives_although_the_run_is_killed_and_stopped_while_evalu
 ) -> None:
     assert signalled(tmp_path, 450, signal.SIGKILL) == -9  # at 60, where it evaluates again
     assert signalled(tmp_path, 750, signal.SIGTERM) == 143  # at 150, after an episode
-    result = kill_test.finish(start(tmp_path))
+    result = finish(start(tmp_path))
     assert result.returncode == 0, result.stderr
     (line,) = [line for line in (result.stdout + result.stderr).splitlines() if "W&B" in line]
     assert "no API key" in line and "offline" in line
-    assert kill_test.differences(undisturbed, tmp_path) == []
+    assert differences(undisturbed, tmp_path) == []
 
     first, second, last = wandb_files(tmp_path)
-    assert history(last) == by_step(kill_test.records(tmp_path))
+    assert history(last) == by_step(records_of(tmp_path))
     assert "eval/d4rl_normalized_score" not in history(second)[150]
     assert "eval/d4rl_normalized_score" in history(last)[150]
     wandb_id = (only_run(tmp_path) / "wandb_id").read_text()
@@ -184,11 +194,11 @@ def test_the_death_of_wandbs_service_changes_nothing(undisturbed: Path, tmp_path
                 yield int(pid)
 
     process = start(tmp_path, WANDB_MODE="offline")
-    kill_test.wait_until(process, lambda: any(tmp_path.glob("*/wandb/offline-run-*/*.wandb")))
+    wait_until(process, lambda: any(tmp_path.glob("*/wandb/offline-run-*/*.wandb")))
     (service,) = services()
     os.kill(service, signal.SIGKILL)
-    assert kill_test.finish(process).returncode == 0
-    assert kill_test.differences(undisturbed, tmp_path) == []
+    assert finish(process).returncode == 0
+    assert differences(undisturbed, tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["refuses", "hangs"])
@@ -196,10 +206,10 @@ def test_a_server_that_cannot_be_used_changes_nothing(
     name: str, unreachable: dict[str, Any], undisturbed: Path
 ) -> None:
     folder, process = unreachable[name]
-    result = kill_test.finish(process)
+    result = finish(process)
     assert result.returncode == 0, result.stderr
-    assert kill_test.differences(undisturbed, folder) == []
+    assert differences(undisturbed, folder) == []
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("W&B")]
     assert "cannot be reached" in line and "offline" in line
     (file,) = wandb_files(folder)
-    assert history(file) == by_step(kill_test.records(folder))
+    assert history(file) == by_step(records_of(folder))

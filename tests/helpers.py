@@ -1,0 +1,322 @@
+"""What several test files share: runs and what they leave, how runs are ended, small agents.
+
+It does without pytest, so that kill_test.py needs no more than a run does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+import cal_ql
+from cal_ql import Agent, Batch, Config, Noise
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "datasets" / "maze2d-umaze-v1-small.hdf5"
+
+# 60 steps offline, then episodes of 300 steps at 60 and at 360
+RUN = """--env maze2d-umaze-v1 --device cpu --offline_iterations 60 --online_iterations 320
+    --eval_freq 150 --checkpoint_freq 20 --log_freq 10 --n_episodes 1 --hidden_dim 8
+    --q_n_hidden_layers 1 --actor_n_hidden_layers 1 --batch_size 16 --cql_n_actions 2
+    --checkpoints_path .""".split()
+RUN += ["--dataset_path", str(QUICKSTART)]
+
+# on the data that `write_dataset` writes
+SMALL = """--env maze2d-umaze-v1 --dataset_path data.hdf5 --device cpu --hidden_dim 8
+    --q_n_hidden_layers 1 --actor_n_hidden_layers 1 --batch_size 16 --cql_n_actions 2
+    --offline_iterations 20 --online_iterations 310 --eval_freq 100 --n_episodes 1
+    --log_freq 10""".split()
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+
+def start_run(directory: Path, *options: Any, **settings: Any) -> subprocess.Popen:
+    """`python cal_ql.py OPTIONS` in `directory`; `settings` are those of Popen."""
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **settings}
+    settings.setdefault("env", {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **os.environ})
+    command = [sys.executable, str(ROOT / "cal_ql.py"), *map(str, options)]
+    return subprocess.Popen(command, cwd=directory, **settings)
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    """Wait for its end; its exit code and what it printed."""
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_until(process: subprocess.Popen, holds: Callable[[], bool]) -> None:
+    """Return as soon as `holds()`; raises RuntimeError where the process ends before."""
+    while not holds():
+        if process.poll() is not None:
+            raise RuntimeError(f"the run ended too early: {finish(process)}")
+        time.sleep(0.0005)
+
+
+def step_reached(folder: Path, step: int) -> Callable[[], bool]:
+    """Whether the run below `folder` has logged this step, to ask again and again."""
+    return lambda: any(record["step"] >= step for record in records_of(folder))
+
+
+# ------------------------------------------------------------------------------ within this process
+
+
+@contextlib.contextmanager
+def kept_signals() -> Iterator[None]:
+    """Afterwards, SIGINT and SIGTERM do again what they did before."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+def call(*args: Any) -> subprocess.CompletedProcess:
+    """`python cal_ql.py ARGS` within this process, which saves the seconds of its imports."""
+    out, err = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
+    with (
+        mock.patch.object(sys, "argv", ["cal_ql.py", *map(str, args)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        kept_signals(),
+    ):
+        try:
+            code = cal_ql.main()
+        except SystemExit as end:
+            code = end.code or 0
+    for stream in (out, err):
+        stream.seek(0)
+    return subprocess.CompletedProcess(args, code, out.read(), err.read())
+
+
+def error_line(result: subprocess.CompletedProcess, code: int = 2, kind: str = "error") -> str:
+    """The one line on stderr of a process that ended with `code`, the progress bar aside."""
+    assert result.returncode == code, result.stderr
+    lines = re.split(r"[\r\n]+", result.stderr)
+    lines = [line for line in lines if line and not re.search(r" \[\d\d:\d\d", line)]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith(f"cal_ql.py: {kind}: ")
+    return lines[0]
+
+
+def parse(*args: Any) -> Config:
+    """The configuration of `python cal_ql.py ARGS`."""
+    return cal_ql.parse_config(list(map(str, args)))
+
+
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Within, `folder` is the working directory."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """Within, no file may grow beyond so many bytes: OSError, as from a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# ------------------------------------------------------------------------- what runs read and leave
+
+
+def write_dataset(
+    path: Path, observation_dim: int = 4, action_dim: int = 2, n: int = 400, **changed: Any
+) -> Path:
+    """Random rows in D4RL's layout, episodes of 40 steps; arrays in `changed` replace theirs."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "observations": rng.normal(size=(n, observation_dim)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (n, action_dim)).astype(np.float32),
+        "rewards": (rng.random(n) < 0.1).astype(np.float32),
+        "terminals": np.zeros(n, bool),
+        "timeouts": np.arange(1, n + 1) % 40 == 0,
+        **changed,
+    }
+    with h5py.File(path, "w") as file:
+        for key, array in arrays.items():
+            file[key] = array
+    return path
+
+
+def only_run(path: Path) -> Path:
+    """Directory of the one run whose checkpoints_path is `path`."""
+    (metrics,) = path.glob("*/metrics.jsonl")
+    return metrics.parent
+
+
+def newest(path: Path) -> Path:
+    """Last checkpoint of that run."""
+    return max(only_run(path).glob("checkpoint_*.pt"), key=lambda file: int(file.stem[11:]))
+
+
+def records_of(directory: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl so far, of the one run below `directory`."""
+    text = "".join(path.read_text() for path in directory.glob("*/metrics.jsonl"))
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def flatten(value: Any, name: str) -> dict[str, Any]:
+    """The leaves of nested dicts and lists by their path, tensors as bytes."""
+    if isinstance(value, (dict, list)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in pairs for k, v in flatten(part, f"{name} {key}").items()}
+    return {name: value.numpy().tobytes() if torch.is_tensor(value) else value}
+
+
+def outcome(directory: Path, aside: int | None = None) -> dict[str, Any]:
+    """All that the run below `directory` leaves, but for its speed, and for records at `aside`."""
+    final = newest(directory)
+    transitions = only_run(directory) / "transitions.bin"
+    metrics = [{**record, "updates_per_second": None} for record in records_of(directory)]
+    metrics = [record for record in metrics if record["step"] != aside]
+    # the options that are no part of a run's identity may differ, and rates vary in length
+    checkpoint = {**torch.load(final, weights_only=True), "config": None, "sizes": None}
+    leaves = flatten(metrics, "record") | flatten(checkpoint, "checkpoint")
+    return {"file": final.name, "transitions": transitions.read_bytes(), **leaves}
+
+
+def differences(one: Path, other: Path, aside: int | None = None) -> list[str]:
+    """Names of what differs between the outcomes of the runs below two directories."""
+    a, b = outcome(one, aside), outcome(other, aside)
+    return [name for name in {**a, **b} if a.get(name, "none") != b.get(name, "none")]
+
+
+# --------------------------------------------------------------------------------------- their ends
+
+
+@contextlib.contextmanager
+def at_call(owner: type, name: str, number: int, act: Callable[[], Any]) -> Iterator[None]:
+    """Within, the call of that number of the method `owner.name` does `act` first."""
+    method, calls = getattr(owner, name), iter(range(1, 10**9))
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            act()
+        return method(*args, **kwargs)
+
+    with mock.patch.object(owner, name, counting):
+        yield
+
+
+def stopped_at(owner: type, name: str, number: int, *options: Any) -> None:
+    """A run with these options that a SIGTERM ends at that call."""
+    with at_call(owner, name, number, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert "by SIGTERM" in error_line(call(*options), code=143, kind="stopped")
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nobody takes it, and nothing is saved."""
+
+
+def killed_at(owner: type, name: str, number: int, *options: Any) -> None:
+    """A run with these options that ends at that call as by kill -9."""
+
+    def die() -> None:
+        raise Killed
+
+    with at_call(owner, name, number, die):
+        try:
+            call(*options)
+        except Killed:
+            pass
+        else:
+            raise AssertionError("the run ended before that call")
+    assert list(Path().glob("*/checkpoint_*.pt"))  # to go on from
+    gc.collect()  # the run's lock is held by the frames that the exception knows
+
+
+def resumed_like_left_alone(
+    folder: Path,
+    left_alone: list[Any],
+    ended: list[Any],
+    *moment: Any,
+    end: Callable[..., None] = stopped_at,
+) -> list[str]:
+    """Differences between a run and one that ends at a call and is resumed, by their options."""
+    folders = folder / "left_alone", folder / "ended"
+    for directory in folders:
+        directory.mkdir()
+    with working_in(folders[0]):
+        assert call(*left_alone).returncode == 0
+    with working_in(folders[1]):
+        end(*moment, *ended)
+        assert call(*ended).returncode == 0
+    return differences(*folders)
+
+
+# ------------------------------------------------------------------------------------------- agents
+
+
+S, A, B, N = 3, 2, 6, 3  # sizes of an observation, an action, a batch; actions sampled per state
+
+
+def make_agent(**options) -> Agent:
+    """An agent in float64, its parameters far from zero and from each other."""
+    torch.manual_seed(2)  # with it, values lie on both sides of the bound
+    sizes = dict(batch_size=B, cql_n_actions=N, hidden_dim=7, actor_n_hidden_layers=2)
+    agent = Agent(S, A, Config(**sizes | options), torch.device("cpu")).double()
+    for network, scale in ((agent.actor, 0.5), (agent.critic, 1.0), (agent.target_critic, 1.0)):
+        for parameter in network.parameters():
+            parameter.data = scale * torch.randn_like(parameter)
+    for temperature, start in ((agent.log_alpha, 0.3), (agent.log_alpha_prime, -0.4)):
+        if temperature is agent.log_alpha_prime or agent.config.use_automatic_entropy_tuning:
+            temperature.data.fill_(start)
+    return agent
+
+
+def make_batch(seed: int = 0) -> Batch:
+    """Float64 transitions, with a terminal and actions on the edge."""
+    random = np.random.default_rng(seed)
+    actions = random.uniform(-1, 1, (B, A))
+    actions[1] = [1.0, -1.0]
+    returns = random.normal(0.0, 6.0, B)
+    columns = (
+        random.normal(size=(B, S)),
+        actions,
+        random.normal(size=B),
+        random.normal(size=(B, S)),
+        np.arange(B) == 2,
+        returns,
+    )
+    return Batch(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+
+
+def make_noise(config: Config, seed: int = 0) -> Noise:
+    """All that an update of that agent's batch draws, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    n_target = N if config.cql_max_target_backup else 1
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    uniform = torch.rand((B, N, A), generator=generator, dtype=torch.float64) * 2 - 1
+    return Noise(normal(B, A), normal(B, N, A), normal(B, N, A), normal(B, n_target, A), uniform)
