@@ -7,13 +7,15 @@ from the newest good checkpoint.
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -81,11 +83,17 @@ class RunDirectory:
             with contextlib.suppress(ValueError):  # a line that somebody has edited
                 yield json.loads(line)
 
-    def add_rows(self, rows: np.ndarray) -> None:
-        self.rows.write(rows.astype(np.float32).tobytes())
+    def add_rows(self, columns: Iterable[np.ndarray]) -> None:
+        """Write arrays [n, ...], one row of float32 for each of the n."""
+        flat = [column.reshape(len(column), -1) for column in columns]
+        self.rows.write(np.concatenate(flat, 1).astype(np.float32).tobytes())
 
-    def read_rows(self, width: int) -> np.ndarray:
-        return np.fromfile(self.rows.name, np.float32).reshape(-1, width)
+    def read_rows(self, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+        """What `add_rows` has written, as arrays [n, *shape]."""
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        rows = np.fromfile(self.rows.name, np.float32).reshape(-1, ends[-1])
+        columns = np.split(rows, ends[:-1], axis=1)
+        return [column.reshape(-1, *shape) for column, shape in zip(columns, shapes)]
 
     def checkpoints(self) -> list[Path]:
         return checkpoints_in(self.path)
@@ -150,6 +158,29 @@ class RunDirectory:
         return state
 
 
+@contextlib.contextmanager
+def naming_last_checkpoint(directory: Optional[RunDirectory]) -> Iterator[None]:
+    """Turn what ends a run on its way into `RunError` with the checkpoint to go on from."""
+    try:
+        yield
+    except (RunError, OSError, torch.OutOfMemoryError) as error:
+        saved = directory.checkpoints() if directory else []
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
+        raise RunError(f"{error}; {last}") from error
+
+
+def fingerprint(path: Path) -> list[Any]:
+    """Name and bytes of a file or of a folder with all in it: the same data at another path."""
+    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+    return [path.name, sum(file.stat().st_size for file in files)]
+
+
+def name_run(prefix: str, identity: dict[str, Any]) -> str:
+    """Name of a run: the prefix and a digest of what makes it this run."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return f"{prefix}-{digest[:8]}".replace("/", "-")
+
+
 def step_of(checkpoint: Path) -> Optional[int]:
     """The step in a checkpoint's name; None for a name of another form."""
     match = re.fullmatch(r"checkpoint_(\d+)\.pt", checkpoint.name)
@@ -171,6 +202,8 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError("it was not written by this version of the code")
+        if "updates_owed" in state.get("counts", {}):  # the name in older checkpoints
+            state["counts"]["steps_owed"] = state["counts"].pop("updates_owed")
         return state
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None

@@ -1,13 +1,69 @@
 """Where records go: metrics.jsonl, Weights & Biases and the progress bar."""
 
 import contextlib
+import math
 import os
+import re
+import sys
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any, Optional
 
+import torch
 import wandb
+from torch import Tensor
+from tqdm import tqdm
 
 from runs.directory import RunDirectory
+from runs.errors import RunError
+
+
+class MeanMetrics:
+    """Mean of each metric since the last reset; it stays on the device until it is fetched."""
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.count = 0
+        self.total: Optional[Tensor] = None  # [metrics]
+        self.bad_step: Optional[Tensor] = None  # [metrics], the first that was not finite, or inf
+
+    def add(self, metrics: dict[str, Tensor], step: int) -> None:
+        if self.count == 0:
+            self.names = list(metrics)
+        values = torch.stack([metrics[name] for name in self.names])
+        bad_step = torch.where(values.isfinite(), math.inf, float(step))
+        if self.count:
+            values = self.total + values
+            bad_step = torch.minimum(self.bad_step, bad_step)
+        self.total = values
+        self.bad_step = bad_step
+        self.count += 1
+
+    def check(self) -> None:
+        """Wait for the device; raise `RunError` where a metric was not finite."""
+        if self.count and not self.total.isfinite().all():
+            step, index = self.bad_step.min(0)
+            raise RunError(f"{self.names[index]} is not finite at step {step:.0f}")
+
+    def means(self) -> dict[str, float]:
+        self.check()
+        return dict(zip(self.names, (self.total / self.count).tolist())) if self.count else {}
+
+
+def name_per_critic(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Metrics with a value for each critic [C], as CORL names those of the first two.
+
+    `qf_loss` becomes `qf1_loss` and `qf2_loss`, `cql_q_rand` becomes `cql_q1_rand` and so on.
+    """
+    named = {}
+    for name, values in metrics.items():
+        if values.ndim == 0:
+            named[name] = values
+            continue
+        for number, value in enumerate(values[:2], start=1):
+            named[re.sub("qf?(?=_|$)", rf"\g<0>{number}", name)] = value
+    return named
 
 
 class Wandb:
@@ -71,3 +127,68 @@ class Wandb:
     def finish(self, run: Any) -> None:
         with contextlib.suppress(Exception):  # a signal to the whole group ends its process first
             run.finish()
+
+
+class Log:
+    """Writes records to metrics.jsonl and W&B, and draws the progress bar.
+
+    W&B takes `project` and `group` from the run's options `config`. Steps are counted from the
+    start of the offline phase, which has `offline_steps` of them.
+    """
+
+    def __init__(
+        self,
+        directory: Optional[RunDirectory],
+        name: str,
+        config: dict[str, Any],
+        offline_steps: int,
+        total_steps: int,
+        step: int,
+    ):
+        self.directory = directory
+        where = {"project": config["project"], "group": config["group"]}
+        self.wandb = Wandb(directory, name=name, config=config, **where)
+        self.offline_steps = offline_steps
+        interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; log files want few lines
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", mininterval=interval)
+        self.shown: dict[str, str] = {}
+        self.interval_start = time.perf_counter()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Add one record."""
+        offline = step <= self.offline_steps
+        phase = {"offline_iter": step} if offline else {"online_iter": step - self.offline_steps}
+        record = {"step": step, **phase, **metrics}
+        if self.directory:
+            self.directory.add_record(record)
+        self.wandb.send(record)
+        if "eval/d4rl_normalized_score" in metrics:
+            self.shown["score"] = f"{metrics['eval/d4rl_normalized_score']:.1f}"
+        self.bar.set_description("offline" if offline else "online", refresh=False)
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def write_means(self, step: int, metrics: MeanMetrics) -> None:
+        """Add the update's metrics, averaged since their reset, and the rate of updates."""
+        means = metrics.means()  # waits for the device
+        rate = metrics.count / (time.perf_counter() - self.interval_start)
+        self.interval_start = time.perf_counter()
+        self.shown["updates"] = f"{rate:.0f}/s"
+        self.write(step, {**means, "updates_per_second": rate})
+
+    @contextlib.contextmanager
+    def paused(self, why: str = "") -> Iterator[None]:
+        """What is done meanwhile does not count as time of updates; the bar says `why`."""
+        before = time.perf_counter()
+        if why:
+            self.bar.set_description(why)
+        yield
+        self.interval_start += time.perf_counter() - before
+
+    def advance(self) -> None:
+        """Move the bar on by a step."""
+        self.bar.update()
+
+    def close(self, patience: float) -> None:
+        """Give W&B at most `patience` seconds for what it has still to send."""
+        self.bar.close()
+        self.wandb.close(patience)

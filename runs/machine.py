@@ -6,11 +6,14 @@ import math
 import os
 import re
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
+
+from runs.errors import InputError
 
 
 def control_group_limit(name: str) -> float:
@@ -25,6 +28,34 @@ def control_group_limit(name: str) -> float:
 def available_cores() -> int:
     """Those that this process may use, by its affinity and its control group's quota."""
     return math.ceil(min(len(os.sched_getaffinity(0)), control_group_limit("cpu.max")))
+
+
+def resolve_device(name: str, precision: Optional[str]) -> torch.device:
+    """The device of that name, set to the precision; raises `InputError` if it is not here."""
+    count = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(
+            f"device: found {name!r}, but this machine has {count} CUDA devices; "
+            "take --device cpu or --device auto"
+        )
+    if precision == "tf32" and device.type != "cuda":
+        raise InputError(f"precision: found tf32, expected float32 on {device}")
+    torch.backends.cuda.matmul.allow_tf32 = precision != "float32"
+    return device
+
+
+def check_memory(needed: float, device: torch.device, sizes: dict[str, int]) -> None:
+    """Raise `InputError` where the device has less than the bytes `needed` for options `sizes`."""
+    left = available_memory(device)
+    found = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    if needed > left:
+        raise InputError(
+            f"{found}: found {left / 1e9:,.1f} GB of memory left on {device}, expected at least "
+            f"{needed / 1e9:,.1f} GB for these; take smaller ones"
+        )
 
 
 def available_memory(device: torch.device) -> float:
@@ -63,3 +94,59 @@ def provenance() -> dict[str, Any]:
         processor = models[0]
     threads = torch.get_num_threads()
     return dict(commit=commit, torch=torch.__version__, processor=processor, threads=threads)
+
+
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """The states of torch's generators on the CPU and, if the device is another, on that."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def set_random_states(states: list[torch.Tensor], device: torch.device) -> None:
+    """Undo what was drawn since `random_states`."""
+    torch.set_rng_state(states[0].cpu())
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state.cpu(), device)
+
+
+@contextlib.contextmanager
+def kept_random_states(device: torch.device) -> Iterator[None]:
+    """What is drawn within does not change what is drawn afterwards."""
+    states = random_states(device)
+    try:
+        yield
+    finally:
+        set_random_states(states, device)
+
+
+class Compiled:
+    """A function of tensors (nested in tuples) and plain values, compiled into one graph.
+
+    On CUDA that is a captured graph. Where compiling fails, the function is called as it is.
+    """
+
+    def __init__(self, function: Callable):
+        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad, in the graph
+        how = {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead"}
+        self.function = function
+        self.compiled: Optional[Callable] = torch.compile(function, **how)
+        self.ready: set[tuple] = set()  # plain values that it has been called with
+
+    def is_ready(self, *values: Any) -> bool:
+        """Whether a call with these plain values begins without compiling."""
+        return self.compiled is None or values in self.ready
+
+    def __call__(self, *args: Any) -> Any:
+        if self.compiled:
+            try:
+                torch.compiler.cudagraph_mark_step_begin()
+                result = self.compiled(*args)
+                self.ready.add(tuple(x for x in args if not isinstance(x, tuple)))
+                return result
+            except Exception as error:  # a compiler can raise any exception
+                reason = " ".join(str(error).split()[:40])
+                print(f"compile: torch.compile fails, so the run goes on eagerly ({reason})")
+                self.compiled = None
+        return self.function(*args)

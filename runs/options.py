@@ -1,8 +1,10 @@
 """The command line: options of a dataclass from YAML files and arguments, checked."""
 
 import argparse
+import dataclasses
 import functools
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -15,6 +17,40 @@ import yaml
 from runs.errors import InputError, close_matches
 
 Ranges = list[tuple[str, Callable[[Any, Any], Any], str]]  # options, what must hold, in words
+
+
+HOLDS: dict[str, tuple[Callable[[Any], Any], str]] = {  # ranges: what must hold, and in words
+    ">= 1": (lambda x: x >= 1, "1 or more"),
+    ">= 0": (lambda x: 0 <= x < math.inf, "0 or more"),
+    "> 0": (lambda x: 0 < x < math.inf, "a number above 0"),
+    "0 to 1": (lambda x: 0 <= x <= 1, "0 to 1"),
+    "finite": (math.isfinite, "a finite number"),
+    "seed": (lambda x: 0 <= x < 2**32, "0 to 2**32 - 1"),
+}
+
+
+def option(default: Any, values: str) -> Any:
+    """An option with a range of values, a key of `HOLDS`; null is allowed where the type is."""
+    return dataclasses.field(default=default, metadata={"values": values})
+
+
+def may_change(default: Any, values: str = "") -> Any:
+    """An option that may change between two starts of one run: it does not change what is learned.
+
+    A change of any other option makes another run.
+    """
+    metadata = {"may_change": True} | ({"values": values} if values else {})
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def changed_options(config: Any) -> dict[str, Any]:
+    """What makes two commands the same run: the options that may not change within a run.
+
+    Only those that differ from the defaults count, so that new options leave old runs their names.
+    """
+    fixed = [field for field in dataclasses.fields(config) if "may_change" not in field.metadata]
+    values = {field.name: getattr(config, field.name) for field in fixed}
+    return {f.name: values[f.name] for f in fixed if values[f.name] != f.default}
 
 
 def value_type(kind: Any) -> type:
@@ -50,6 +86,13 @@ def make_config(config_class: type, ranges: Ranges, options: dict[Any, Any]) -> 
             found = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
             raise InputError(f"{name}: found {found}, expected {expected}") from None
     config = config_class(**options)
+    for field in dataclasses.fields(config_class):
+        value = getattr(config, field.name)
+        if "values" in field.metadata and value is not None:
+            holds, expected = HOLDS[field.metadata["values"]]
+            if not holds(value):
+                null = ", or null" if type(None) in get_args(kinds[field.name]) else ""
+                raise InputError(f"{field.name}: found {value!r}, expected {expected}{null}")
     for names, holds, expected in ranges:
         for name in names.split():
             if not holds(value := getattr(config, name), config):

@@ -13,9 +13,9 @@ Nothing here knows of Cal-QL. Wrong input raises `InputError`.
 
 from typing import Optional
 
-from tasks.task import Task, episode_ends
+from tasks.task import Step, Task, check_sizes, episode_ends
 
-__all__ = ["Task", "episode_ends", "make"]
+__all__ = ["Step", "Task", "check_sizes", "episode_ends", "make"]
 
 
 def make(name: str, dataset_path: Optional[str] = None) -> Task:

@@ -149,3 +149,14 @@ def episode_ends(
     cut = truncated.copy()
     cut[-1] = True
     return ends, cut & ~rows["terminals"]
+
+
+def check_sizes(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Raise `InputError` for scaled values whose square float32 cannot hold."""
+    for name, values in arrays.items():
+        largest = np.abs(values).max()
+        if not largest < 1e18:
+            raise InputError(
+                f"dataset {path}: {name} as scaled reach {largest:.3g}, expected less than 1e18, "
+                "whose square float32 can hold; check the file, reward_scale and normalize"
+            )
