@@ -21,7 +21,6 @@ signals, the directory on disk, logs, processes.
 import copy
 import functools
 import math
-import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,30 +33,26 @@ from torch import Tensor, nn
 
 import tasks
 from runs import machine
-from runs.directory import (
-    RunDirectory,
-    fingerprint,
-    load_checkpoint,
-    name_run,
-    naming_last_checkpoint,
-)
+from runs.directory import RunDirectory, load_checkpoint, open_directory, saved_on_failure
 from runs.errors import InputError, RunError, run_program
 from runs.log import Log, MeanMetrics, name_per_critic
-from runs.options import ConfigParser, Ranges, changed_options, may_change, option
-from runs.signals import Stop, StopSignals
+from runs.options import ConfigParser, Ranges, identify, may_change, name_run, option
+from runs.signals import StopSignals
 from runs.workers import Workers
 from tasks import Task
 
 machine.flush_denormals()
 
 Array = np.ndarray
+Scalars = dict[str, Tensor]
+Gradients = dict[str, tuple[Tensor, ...]]  # of what a loss trains, by the loss
 
 
 # ---------------------------------------------------------------------------- options
 @dataclass
 class Config:
-    device: str = may_change("cuda")  # Where the networks live: cuda, cuda:N, cpu or auto
-    precision: Optional[str] = None  # float32 or tf32; null is tf32 on CUDA, float32 on the CPU
+    device: str = may_change("cuda", "device")  # Where the networks live: cuda, cuda:N, cpu or auto
+    precision: Optional[str] = option(None, "precision")  # float32, tf32; null: tf32 on CUDA
     compile: bool = may_change(False)  # Compile the losses and their gradients by torch.compile
     env: str = "halfcheetah-medium-expert-v2"  # Task name
     seed: int = option(0, "seed")  # Seed of networks, batches and training episodes
@@ -67,7 +62,7 @@ class Config:
     eval_workers: Optional[int] = may_change(None, ">= 1")  # Processes for these; null: one a core
     offline_iterations: int = option(1_000_000, ">= 0")  # Updates in the offline phase
     online_iterations: int = may_change(1_000_000, ">= 0")  # Environment steps after it
-    checkpoints_path: Optional[str] = may_change(None)  # Folder of run directories; null: none
+    checkpoints_path: Optional[str] = may_change(None, "path")  # Folder of runs; null: none
     checkpoint_freq: Optional[int] = may_change(None, ">= 1")  # Steps between two; null: eval_freq
     resume: bool = may_change(True)  # Continue the run in checkpoints_path; false refuses to
     load_model: str = ""  # Checkpoint whose networks, temperatures and scaling a new run takes
@@ -92,7 +87,7 @@ class Config:
     cql_target_action_gap: float = option(-1.0, "finite")  # Difference at which it rests
     cql_temp: float = option(1.0, "> 0")  # Temperature of the logsumexp
     cql_max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions
-    cql_clip_diff_min: float = -math.inf  # Lower clip of the CQL difference
+    cql_clip_diff_min: float = option(-math.inf, "not nan")  # Lower clip of the CQL difference
     cql_clip_diff_max: float = math.inf  # Upper clip of the CQL difference
     calibrate: bool = True  # Policy actions' Q is at least the return-to-go; false is plain CQL
     calibrate_online: bool = True  # Calibrate in the online phase too; false is what CORL does
@@ -110,12 +105,12 @@ class Config:
     is_sparse_reward: bool = False  # Treat a failed episode as failing forever
     mixing_ratio: float = option(0.5, "0 to 1")  # Share of offline data in online batches
     online_utd_ratio: int = option(1, ">= 1")  # Updates per environment step in the online phase
-    dataset_path: Optional[str] = None  # File or folder of the task's data; null is the published
+    dataset_path: Optional[str] = option(None, "path")  # The task's data; null: the published
 
     log_freq: int = may_change(1000, ">= 1")  # Steps over which logged metrics are averaged
     project: str = may_change("CORL")  # Weights & Biases project
     group: str = may_change("Cal-QL-D4RL")  # Weights & Biases group
-    name: str = "Cal-QL"  # First part of the run's name
+    name: str = option("Cal-QL", "name")  # First part of the run's name
 
     @property
     def total_steps(self) -> int:
@@ -125,11 +120,6 @@ class Config:
     def online_batch_size(self) -> int:
         """Online transitions in a batch of the online phase; the rest are offline ones."""
         return self.batch_size - int(self.batch_size * self.mixing_ratio)
-
-    def is_due(self, step: int, freq: Optional[int]) -> bool:
-        """Whether what is done every `freq` steps, and at the phases' ends, is done at `step`."""
-        phase_ends = self.offline_iterations, self.total_steps
-        return step in phase_ends or step % (freq or self.eval_freq) == 0
 
 
 # ---------------------------------------------------------------------------- networks
@@ -279,9 +269,6 @@ class Noise(NamedTuple):
     random: Tensor  # [B, N, A], uniform on [-1, 1]
 
 
-Scalars = dict[str, Tensor]
-
-
 class Agent(nn.Module):
     """Actor, critics, target critics and temperatures; their losses and their update.
 
@@ -381,10 +368,7 @@ class Agent(nn.Module):
         return self.log_alpha_prime.exp().clamp(max=1e6)
 
     def alpha_prime_loss(self, difference: Tensor, cql_alpha: float) -> tuple[Tensor, Scalars]:
-        """Loss of the Lagrange multiplier, from the critics' CQL differences [C].
-
-        The multiplier grows while the differences exceed the gap (CQL, section 4).
-        """
+        """Loss of the multiplier, which grows while differences [C] exceed the gap (CQL, sec. 4)."""
         excess = cql_alpha * (difference.detach() - self.config.cql_target_action_gap)
         alpha_prime = self.alpha_prime
         loss = -(alpha_prime * excess).mean()
@@ -442,7 +426,7 @@ class Agent(nn.Module):
             metrics |= info
         return losses, metrics
 
-    def gradients(self, *args: Any) -> tuple[dict[str, tuple[Tensor, ...]], Scalars]:
+    def gradients(self, *args: Any) -> tuple[Gradients, Scalars]:
         """For the arguments of `losses`, the gradients of what each loss trains, and the metrics.
 
         A function of tensors, which one captured graph can hold: nothing here waits for the
@@ -476,17 +460,12 @@ class Agent(nn.Module):
         calibrated = config.calibrate and (config.calibrate_online or not online)
         return cql_alpha, calibrated, self.updates < config.bc_steps
 
-    def compute_gradients(
-        self, batch: Batch, online: bool
-    ) -> tuple[dict[str, tuple[Tensor, ...]], Scalars]:
+    def compute_gradients(self, batch: Batch, online: bool) -> tuple[Gradients, Scalars]:
         """`gradients` of a batch with new noise, compiled if that is on."""
         return self.compute(batch, self.draw_noise(), *self.phase(online))
 
     def update(self, batch: Batch, online: bool) -> Scalars:
-        """One gradient step of all that is learned, on a batch; returns the metrics.
-
-        All gradients are taken at the same parameters; then all of these move.
-        """
+        """One gradient step: all gradients at the same parameters, then all of these move."""
         gradients, metrics = self.compute_gradients(batch, online)
         for name, values in gradients.items():
             for parameter, gradient in zip(self.learned[name], values):
@@ -511,9 +490,6 @@ class Agent(nn.Module):
         if "optimizer" in checkpoint:
             own = self.optimizer.state_dict()  # this run's learning rates stay
             self.optimizer.load_state_dict({**own, "state": checkpoint["optimizer"]["state"]})
-
-    def actor_on_cpu(self) -> Actor:
-        return copy.deepcopy(self.actor).cpu()
 
 
 @torch.no_grad()
@@ -653,16 +629,12 @@ def load_dataset(
 
 
 class OnlineBuffer:
-    """A ring of the transitions of ended episodes, sampled uniformly with replacement.
-
-    It wraps at `buffer_size`, and has room for no more than the run can fill.
-    """
+    """A ring of the transitions of ended episodes, no larger than the run can fill."""
 
     def __init__(self, config: Config, task: Task, device: torch.device):
         self.capacity = min(config.buffer_size, config.online_iterations + task.max_episode_steps)
         observation = (task.observation_dim,)
-        action = (task.action_dim,)
-        shapes = Batch(observation, action, (), observation, (), ())
+        shapes = Batch(observation, (task.action_dim,), (), observation, (), ())
         self.rows = Batch(*(torch.zeros(self.capacity, *shape, device=device) for shape in shapes))
         self.n_added = 0  # transitions
 
@@ -679,15 +651,6 @@ class OnlineBuffer:
         n = min(self.n_added, self.capacity)
         rows = torch.randint(n, (batch_size,), device=self.rows.rewards.device)
         return Batch(*(column[rows] for column in self.rows))
-
-
-def sample_batch(offline: Dataset, online: Optional[OnlineBuffer], config: Config) -> Batch:
-    """A batch of the offline phase; or, with the buffer, `mixing_ratio` of it offline data."""
-    if online is None:
-        return offline.sample(config.batch_size)
-    n_online = config.online_batch_size
-    batches = offline.sample(config.batch_size - n_online), online.sample(n_online)
-    return Batch(*(torch.cat(columns) for columns in zip(*batches)))
 
 
 # ---------------------------------------------------------------------------- episodes
@@ -709,6 +672,7 @@ def episode_seed(seed: int, purpose: str, number: int) -> int:
 
 
 @torch.no_grad()
+@machine.one_thread()  # more gain nothing here, and would spin on other workers' cores
 def play_episode(task: Task, seed: int, actor: Actor, scaling: Scaling, explore: bool) -> Episode:
     """Play the episode of `seed`: by samples of a policy on the CPU, or by its mean actions.
 
@@ -721,8 +685,6 @@ def play_episode(task: Task, seed: int, actor: Actor, scaling: Scaling, explore:
     rewards = []
     success = False
     step = None
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more gain nothing here, and would spin on other workers' cores
     try:
         observations.append(scaling.observation(task.reset(seed)))
         while not (step and (step.terminal or step.truncated)):
@@ -743,8 +705,6 @@ def play_episode(task: Task, seed: int, actor: Actor, scaling: Scaling, explore:
         where = f"step {len(rewards)} of the episode with seed {seed}"
         reason = f"{type(error).__name__}: {error}"
         raise RunError(f"the environment failed at {where} ({reason})") from error
-    finally:
-        torch.set_num_threads(threads)
     return Episode(
         np.stack(observations), np.stack(actions), rewards, step.terminal, success, score
     )
@@ -781,7 +741,6 @@ class Run:
     """All that a run's future depends on."""
 
     config: Config
-    device: torch.device
     task: Task
     directory: Optional[RunDirectory]
     agent: Agent
@@ -804,7 +763,7 @@ class Run:
         vars(self.metrics).update(saved["metrics"])
         shapes = [column.shape[1:] for column in self.online.rows]
         self.online.add(Batch(*self.directory.read_rows(shapes)))
-        machine.set_random_states(saved["random_states"], self.device)
+        machine.set_random_states(saved["random_states"])
 
     def save(self) -> None:
         """Write a checkpoint, but never of a broken run."""
@@ -822,14 +781,14 @@ class Run:
             "agent": self.agent.state_dict(),
             "optimizer": self.agent.optimizer.state_dict(),
             "metrics": vars(self.metrics),
-            "random_states": machine.random_states(self.device),
+            "random_states": machine.random_states(),
         }
         self.directory.save(state, keep=(self.config.offline_iterations, self.config.total_steps))
         self.saved = replace(self.progress)
 
     def evaluate(self) -> dict[str, float]:
         """Mean and spread over the evaluation episodes, played by the policy's mean actions."""
-        policy = {"actor": self.agent.actor_on_cpu(), "scaling": self.dataset.scaling}
+        policy = {"actor": copy.deepcopy(self.agent.actor).cpu(), "scaling": self.dataset.scaling}
         play = functools.partial(play_episode, **policy, explore=False)
         numbers = range(self.config.n_episodes)
         seeds = [episode_seed(self.config.eval_seed, "eval", number) for number in numbers]
@@ -852,7 +811,7 @@ class Run:
         """
         progress = self.progress
         seed = episode_seed(self.config.seed, "train", progress.episodes)
-        actor = self.agent.actor_on_cpu()
+        actor = copy.deepcopy(self.agent.actor).cpu()
         try:
             with stop.at_once():
                 episode = play_episode(self.task, seed, actor, self.dataset.scaling, explore=True)
@@ -878,25 +837,29 @@ class Run:
         return metrics
 
     def sample(self, online: bool) -> Batch:
-        return sample_batch(self.dataset, self.online if online else None, self.config)
+        """A batch of offline data; in the online phase `mixing_ratio` of it, the rest online."""
+        if not online:
+            return self.dataset.sample(self.config.batch_size)
+        n = self.config.online_batch_size
+        batches = self.dataset.sample(self.config.batch_size - n), self.online.sample(n)
+        return Batch(*(torch.cat(columns) for columns in zip(*batches)))
 
     def summary(self) -> str:
         bounds = self.dataset.rows.returns_to_go[self.dataset.transitions]
         return (
-            f"{run_name(self.config)}: networks on {self.device}, physics by {self.task.physics}\n"
-            f"{len(bounds):,} transitions of {self.dataset.n_episodes:,} episodes, returns-to-go "
-            f"from {bounds.min():.4g} to {bounds.max():.4g}; starting at step "
-            f"{self.progress.step:,} of {self.config.total_steps:,}"
+            f"networks on {self.agent.device}, physics by {self.task.physics}\n{len(bounds):,} "
+            f"transitions of {self.dataset.n_episodes:,} episodes, returns-to-go from "
+            f"{bounds.min():.4g} to {bounds.max():.4g}; starting at step {self.progress.step:,} "
+            f"of {self.config.total_steps:,}"
         )
 
 
-def make_run(
-    config: Config, device: torch.device, task: Task, directory: Optional[RunDirectory]
-) -> Run:
+def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> Run:
     """A new run, or the one in the directory where its last good checkpoint stands.
 
     A new run starts with what `load_model` names. Raises `InputError` for wrong options and data.
     """
+    device = machine.resolve_device(config.device, config.precision)
     check_memory(config, task, device)
     data = task.data_file(config.dataset_path)
     torch.manual_seed(config.seed)
@@ -905,18 +868,18 @@ def make_run(
     model = saved
     if config.load_model and not saved:
         model = load_checkpoint(Path(config.load_model), device)
-    scaling = {}
     if model:
         agent.take(model)
-        scaling = {name: value.cpu().numpy() for name, value in model["scaling"].items()}
+    scaling = {k: v.cpu().numpy() for k, v in model["scaling"].items()} if model else {}
     dataset = load_dataset(config, task, data, device, scaling)
     online = OnlineBuffer(config, task, device)
-    n_workers = min(config.eval_workers or machine.available_cores(at_most=8), config.n_episodes)
     make_task = functools.partial(tasks.make, config.env, config.dataset_path)
-    workers = Workers(n_workers, task, make_task)
-    run = Run(config, device, task, directory, agent, dataset, online, workers)
+    workers = Workers(config.eval_workers, config.n_episodes, task, make_task)
+    run = Run(config, task, directory, agent, dataset, online, workers)
     if saved:
         run.restore(saved)
+    if directory:
+        directory.begin(config, run.progress.step)
     return run
 
 
@@ -932,12 +895,15 @@ def evaluate_and_save(run: Run, log: Log, stop: StopSignals) -> None:
     """Evaluate and save where that is due at this step, and not done yet."""
     config = run.config
     step = run.progress.step
-    if config.is_due(step, config.eval_freq) and run.progress.evaluated_at != step:
+    phase_ended = step in (config.offline_iterations, config.total_steps)
+    is_due = phase_ended or step % config.eval_freq == 0
+    if is_due and run.progress.evaluated_at != step:
         with stop.at_once():
             scores = run.evaluate()
         run.progress.evaluated_at = step
         log.write(step, scores)
-    if config.is_due(step, config.checkpoint_freq) and step > 0 and run.saved != run.progress:
+    is_due = phase_ended or step % (config.checkpoint_freq or config.eval_freq) == 0
+    if is_due and step > 0 and run.saved != run.progress:
         run.save()
 
 
@@ -956,7 +922,7 @@ def train(run: Run, log: Log, stop: StopSignals) -> None:
         if online and progress.steps_owed == 0:
             log.write(progress.step, run.play(stop))
         if run.agent.needs_compiling(online):  # on a batch that does not count
-            with log.paused("compiling"), stop.at_once(), machine.kept_random_states(run.device):
+            with log.paused("compiling"), stop.at_once(), machine.kept_random_states():
                 run.agent.compute_gradients(run.sample(online), online)
         train_step(run, online)
         log.advance()
@@ -967,17 +933,11 @@ def train(run: Run, log: Log, stop: StopSignals) -> None:
 
 
 # ---------------------------------------------------------------------------- command line
-DEVICES = r"auto|cpu|cuda(:[1-9]?\d)?"
-# Options, what must hold for a value (in a config), and the same in words.
+# What must hold between options, and the same in words.
 RANGES: Ranges = [
     ("discount", lambda x, c: x < 1 or not c.is_sparse_reward, "below 1 for is_sparse_reward"),
     ("mixing_ratio", lambda _, c: c.online_batch_size or not c.online_iterations, "less"),
-    ("cql_clip_diff_min", lambda x, _: not math.isnan(x), "a number"),
     ("cql_clip_diff_max", lambda x, c: x >= c.cql_clip_diff_min, "cql_clip_diff_min or more"),
-    ("device", lambda x, _: re.fullmatch(DEVICES, x), "cuda, cuda:N, cpu or auto"),
-    ("precision", lambda x, _: x in (None, "float32", "tf32"), "float32, tf32 or null"),
-    ("name", lambda x, _: x and "/" not in x, "a name without /, as it begins a directory's"),
-    ("checkpoints_path dataset_path", lambda x, _: x != "", "a path or null"),
 ]
 
 
@@ -987,16 +947,8 @@ def parse_config(args: Optional[list[str]] = None) -> Config:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What makes two commands the same run: the options that change what is learned.
-
-    The dataset counts by its file's or folder's name and size, wherever it lies; of Minari's root
-    folder, only the dataset of `env` counts.
-    """
-    options = changed_options(config)
-    if config.dataset_path is not None:
-        dataset = config.env if "/" in config.env else ""
-        options["dataset_path"] = fingerprint(Path(config.dataset_path, dataset))
-    return options
+    """What makes two commands the same run: the options that change what is learned."""
+    return identify(config, config.dataset_path, config.env)
 
 
 def run_name(config: Config) -> str:
@@ -1005,10 +957,7 @@ def run_name(config: Config) -> str:
 
 
 def check_memory(config: Config, task: Task, device: torch.device) -> None:
-    """Raise `InputError` where the networks and an update cannot fit into memory.
-
-    By a lower bound, before anything is allocated: the kernel would kill the process later.
-    """
+    """Raise `InputError` where not even a lower bound of what the run needs fits into memory."""
     hidden = config.hidden_dim
     inputs = task.observation_dim + task.action_dim
     critics = config.n_critics * hidden * (inputs + hidden * (config.q_n_hidden_layers - 1))
@@ -1022,51 +971,32 @@ def check_memory(config: Config, task: Task, device: torch.device) -> None:
     machine.check_memory(needed, device, {name: getattr(config, name) for name in names.split()})
 
 
-def start(config: Config, stop: StopSignals) -> None:
-    """Start or resume the run of these options; on failure, save what can be saved.
+def main() -> None:
+    """Start or resume the run of the command line's options.
 
     Raises `InputError` for wrong input, which leaves nothing behind, `RunError` for what ends the
     run later, and `Stop`.
     """
-    with stop.at_once():
-        device = machine.resolve_device(config.device, config.precision)
-        task = tasks.make(config.env, config.dataset_path)
-        directory = None
-        if config.checkpoints_path:
-            path = Path(config.checkpoints_path) / run_name(config)
-            directory = RunDirectory(path, config.resume)
-        try:
-            run = make_run(config, device, task, directory)
-            if directory:
-                directory.begin(config, run.progress.step)
-        finally:
-            if directory:
-                directory.discard_unless_begun()
-        machine.keep_freed_memory()
-        print(run.summary())
-        phases = config.offline_iterations, config.total_steps
-        log = Log(directory, run_name(config), vars(config), *phases, run.progress.step)
-    try:
-        with naming_last_checkpoint(directory):
-            try:
-                train(run, log, stop)
-                with stop.at_once():
-                    log.close(patience=60.0)
-            except (Stop, RunError):
-                run.save()
-                raise
-    finally:
-        run.workers.close()
-        log.close(patience=1.0)  # there is a hurry, or it is closed already
-
-
-def main() -> None:
-    """Run the command line."""
     sys.stdout.reconfigure(line_buffering=True)  # in a log file or a pipe too
     stop = StopSignals()
     with stop.at_once():
         config = parse_config()
-    start(config, stop)
+        name = run_name(config)
+        task = tasks.make(config.env, config.dataset_path)
+        with open_directory(config.checkpoints_path, name, config.resume) as directory:
+            run = make_run(config, task, directory)
+        machine.keep_freed_memory()
+        print(f"{name}: {run.summary()}")
+        phases = config.offline_iterations, config.total_steps
+        log = Log(directory, name, vars(config), *phases, run.progress.step)
+    try:
+        with saved_on_failure(directory, run.save):
+            train(run, log, stop)
+            with stop.at_once():
+                log.close(patience=60.0)
+    finally:
+        run.workers.close()
+        log.close(patience=1.0)  # there is a hurry, or it is closed already
 
 
 if __name__ == "__main__":

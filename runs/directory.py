@@ -7,7 +7,6 @@ from the newest good checkpoint.
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import json
 import math
@@ -15,7 +14,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,6 +24,7 @@ import torch
 
 from runs.errors import DirectoryInUse, InputError, RunError
 from runs.machine import provenance
+from runs.signals import Stop
 
 FORMAT = 2  # of checkpoints; those of other code are refused
 
@@ -159,26 +159,33 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def naming_last_checkpoint(directory: Optional[RunDirectory]) -> Iterator[None]:
-    """Turn what ends a run on its way into `RunError` with the checkpoint to go on from."""
+def open_directory(
+    folder: Optional[str], name: str, resume: bool
+) -> Iterator[Optional[RunDirectory]]:
+    """The run's directory in `folder`, or None without one; wrong input leaves nothing behind."""
+    if folder is None:
+        yield None
+        return
+    directory = RunDirectory(Path(folder) / name, resume)
     try:
-        yield
+        yield directory
+    finally:
+        directory.discard_unless_begun()
+
+
+@contextlib.contextmanager
+def saved_on_failure(directory: Optional[RunDirectory], save: Callable[[], None]) -> Iterator[None]:
+    """Save what ends early, and name the last good checkpoint where that is a failure."""
+    try:
+        try:
+            yield
+        except (Stop, RunError):
+            save()
+            raise
     except (RunError, OSError, torch.OutOfMemoryError) as error:
         saved = directory.checkpoints() if directory else []
         last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
         raise RunError(f"{error}; {last}") from error
-
-
-def fingerprint(path: Path) -> list[Any]:
-    """Name and bytes of a file or of a folder with all in it: the same data at another path."""
-    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
-    return [path.name, sum(file.stat().st_size for file in files)]
-
-
-def name_run(prefix: str, identity: dict[str, Any]) -> str:
-    """Name of a run: the prefix and a digest of what makes it this run."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return f"{prefix}-{digest[:8]}".replace("/", "-")
 
 
 def step_of(checkpoint: Path) -> Optional[int]:

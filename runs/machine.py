@@ -96,29 +96,27 @@ def provenance() -> dict[str, Any]:
     return dict(commit=commit, torch=torch.__version__, processor=processor, threads=threads)
 
 
-def random_states(device: torch.device) -> list[torch.Tensor]:
-    """The states of torch's generators on the CPU and, if the device is another, on that."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
+def random_states() -> list[torch.Tensor]:
+    """The states of torch's generators: the CPU's and, if CUDA is in use, its devices'."""
+    on_cuda = torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if on_cuda else [])]
 
 
-def set_random_states(states: list[torch.Tensor], device: torch.device) -> None:
+def set_random_states(states: list[torch.Tensor]) -> None:
     """Undo what was drawn since `random_states`."""
     torch.set_rng_state(states[0].cpu())
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state.cpu(), device)
+    for number, state in zip(range(torch.cuda.device_count()), states[1:]):
+        torch.cuda.set_rng_state(state.cpu(), number)
 
 
 @contextlib.contextmanager
-def kept_random_states(device: torch.device) -> Iterator[None]:
+def kept_random_states() -> Iterator[None]:
     """What is drawn within does not change what is drawn afterwards."""
-    states = random_states(device)
+    states = random_states()
     try:
         yield
     finally:
-        set_random_states(states, device)
+        set_random_states(states)
 
 
 class Compiled:
@@ -150,3 +148,14 @@ class Compiled:
                 print(f"compile: torch.compile fails, so the run goes on eagerly ({reason})")
                 self.compiled = None
         return self.function(*args)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch compute on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

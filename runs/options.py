@@ -3,11 +3,14 @@
 import argparse
 import dataclasses
 import functools
+import hashlib
 import inspect
+import json
 import math
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Optional, get_args
 from unittest import mock
 
@@ -25,6 +28,14 @@ HOLDS: dict[str, tuple[Callable[[Any], Any], str]] = {  # ranges: what must hold
     "> 0": (lambda x: 0 < x < math.inf, "a number above 0"),
     "0 to 1": (lambda x: 0 <= x <= 1, "0 to 1"),
     "finite": (math.isfinite, "a finite number"),
+    "not nan": (lambda x: not math.isnan(x), "a number"),
+    "device": (
+        lambda x: re.fullmatch(r"auto|cpu|cuda(:[1-9]?\d)?", x),
+        "cuda, cuda:N, cpu or auto",
+    ),
+    "precision": (lambda x: x in ("float32", "tf32"), "float32, tf32"),
+    "name": (lambda x: x and "/" not in x, "a name without /, as it begins a directory's"),
+    "path": (lambda x: x != "", "a path"),
     "seed": (lambda x: 0 <= x < 2**32, "0 to 2**32 - 1"),
 }
 
@@ -43,14 +54,29 @@ def may_change(default: Any, values: str = "") -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def changed_options(config: Any) -> dict[str, Any]:
+def identify(config: Any, dataset: Optional[str], task: str) -> dict[str, Any]:
     """What makes two commands the same run: the options that may not change within a run.
 
     Only those that differ from the defaults count, so that new options leave old runs their names.
+    `dataset_path` counts by the dataset's name and bytes, wherever it lies; of a root folder with
+    datasets by task (those have a "/"), only the task's own counts.
     """
-    fixed = [field for field in dataclasses.fields(config) if "may_change" not in field.metadata]
-    values = {field.name: getattr(config, field.name) for field in fixed}
-    return {f.name: values[f.name] for f in fixed if values[f.name] != f.default}
+    options = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if "may_change" not in field.metadata and value != field.default:
+            options[field.name] = value
+    if dataset is not None:
+        path = Path(dataset, task if "/" in task else "")
+        files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+        options["dataset_path"] = [path.name, sum(file.stat().st_size for file in files)]
+    return options
+
+
+def name_run(prefix: str, identity: dict[str, Any]) -> str:
+    """Name of a run: the prefix and a digest of what makes it this run."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return f"{prefix}-{digest[:8]}".replace("/", "-")
 
 
 def value_type(kind: Any) -> type:
@@ -91,7 +117,7 @@ def make_config(config_class: type, ranges: Ranges, options: dict[Any, Any]) -> 
         if "values" in field.metadata and value is not None:
             holds, expected = HOLDS[field.metadata["values"]]
             if not holds(value):
-                null = ", or null" if type(None) in get_args(kinds[field.name]) else ""
+                null = " or null" if type(None) in get_args(kinds[field.name]) else ""
                 raise InputError(f"{field.name}: found {value!r}, expected {expected}{null}")
     for names, holds, expected in ranges:
         for name in names.split():

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Optional, TypeVar
 
+from runs import machine
 from runs.errors import RunError
 from runs.signals import blocked_signals
 
@@ -23,11 +24,12 @@ class WorkerDied(RunError):
 class Workers:
     """Calls `play(task, seed)` for several seeds, in `count` processes with a task each.
 
-    One process alone is this one, with the task given; the others make theirs by `make_task`.
+    Without a count there is a process for each core, 8 at most, and never more than `most`. A
+    single process is this one, with the task given; others make theirs by `make_task`.
     """
 
-    def __init__(self, count: int, task: Any, make_task: Callable[[], Any]):
-        self.count = count
+    def __init__(self, count: Optional[int], most: int, task: Any, make_task: Callable[[], Any]):
+        self.count = min(count or min(machine.available_cores(), 8), most)
         self.task = task
         self.make_task = make_task
         self.pool: Optional[ProcessPoolExecutor] = None  # started by the first call of `map`
