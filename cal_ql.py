@@ -368,7 +368,7 @@ class Agent(nn.Module):
         return self.log_alpha_prime.exp().clamp(max=1e6)
 
     def alpha_prime_loss(self, difference: Tensor, cql_alpha: float) -> tuple[Tensor, Scalars]:
-        """Loss of the multiplier, which grows while differences [C] exceed the gap (CQL, sec. 4)."""
+        """Loss of the multiplier, which grows while differences [C] exceed the gap (CQL, 4)."""
         excess = cql_alpha * (difference.detach() - self.config.cql_target_action_gap)
         alpha_prime = self.alpha_prime
         loss = -(alpha_prime * excess).mean()

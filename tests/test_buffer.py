@@ -15,13 +15,13 @@ from cal_ql import (
     Batch,
     Config,
     Dataset,
-    EnvironmentFailure,
     OnlineBuffer,
+    Run,
     Scaling,
     play_episode,
-    sample_mixed,
-    transitions_of,
+    to_transitions,
 )
+from runs.errors import RunError
 from tasks import d4rl_compat
 
 S, A = 3, 2
@@ -106,7 +106,7 @@ def test_a_mixed_batch_has_its_share_of_offline_data(batch_size, ratio, n):
     offline = Dataset(rows, torch.arange(50), 1, None, None)
     online = empty_buffer(20)
     online.add(transitions(range(1000, 1020)))
-    batch = sample_mixed(offline, online, config)
+    batch = Run.sample(SimpleNamespace(dataset=offline, online=online, config=config), online=True)
     assert [len(column) for column in batch] == [batch_size] * 6
     numbers = batch.observations[:, 0]
     assert (numbers < 50).sum() == n and (numbers >= 1000).sum() == batch_size - n
@@ -157,7 +157,7 @@ def play(monkeypatch):
         monkeypatch.setattr(d4rl_compat, "make", lambda name: env)
         monkeypatch.setattr(d4rl_compat, "reset", lambda env, seed: env.reset())
         task, actor = tasks.make(name), Actor(2, A, Config(hidden_dim=8))
-        played = [play_episode(task, actor, SCALING, n, explore) for n in range(len(episodes))]
+        played = [play_episode(task, n, actor, SCALING, explore) for n in range(len(episodes))]
         return script, played
 
     return play
@@ -172,7 +172,7 @@ EPISODES = [[STEP, STEP, STEP], [STEP, GOAL_END], [GOAL, STEP, END]]
 def test_transitions_of_episodes(play, sparse):
     script, played = play(EPISODES)
     dataset = Dataset(None, None, 0, SCALING, -1.0 if sparse else None)
-    columns = zip(*(transitions_of(episode, dataset, 0.5) for episode in played))
+    columns = zip(*(to_transitions(episode, dataset, 0.5) for episode in played))
     rows = Batch(*(np.concatenate(column) for column in columns))
     assert all(column.dtype == np.float32 for column in rows)
     states = [(e, t) for e, episode in enumerate(EPISODES) for t in range(len(episode))]
@@ -199,7 +199,7 @@ def test_success_is_what_the_task_reports_where_it_does(play):
 
 @pytest.mark.parametrize("reward", [np.nan, np.inf])
 def test_a_number_that_is_not_finite_is_the_environments_failure(play, reward):
-    with pytest.raises(EnvironmentFailure, match="at step 1 of the episode with seed 0"):
+    with pytest.raises(RunError, match="at step 1 of the episode with seed 0"):
         play([[STEP, (reward, False, {})]])
 
 

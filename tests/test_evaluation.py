@@ -1,5 +1,6 @@
 """Evaluation: the same episodes whoever plays them, and one line for whatever goes wrong."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -14,17 +15,18 @@ import tasks
 from cal_ql import (
     Actor,
     Config,
-    EnvironmentFailure,
     Episode,
-    Evaluator,
     Scaling,
     episode_seed,
     play_episode,
 )
 from helpers import RUN, start_run, wait_until
+from runs.errors import RunError
+from runs.workers import Workers
 
 MAZE = "maze2d-umaze-v1"
 N = 4
+make_maze = functools.partial(tasks.make, MAZE)
 SCALING = Scaling(np.full(4, 0.5, np.float32), np.full(4, 2.0, np.float32), 1.0, 0.0)
 
 
@@ -34,6 +36,10 @@ def actor() -> Actor:
     actor = Actor(4, 2, Config(hidden_dim=16))
     actor.layers[-1].weight.data *= 100  # so that it moves
     return actor
+
+
+def played_by(actor: Actor, scaling: Scaling = SCALING) -> functools.partial:
+    return functools.partial(play_episode, actor=actor, scaling=scaling, explore=False)
 
 
 def assert_same(found: list[Episode], expected: list[Episode]) -> None:
@@ -47,16 +53,15 @@ def assert_same(found: list[Episode], expected: list[Episode]) -> None:
 def test_episodes_are_the_same_in_any_number_of_processes_and_order(actor):
     task = tasks.make(MAZE)
     seeds = [episode_seed(4, "eval", number) for number in range(N)]
-    played = {s: play_episode(task, actor, SCALING, s, explore=False) for s in reversed(seeds)}
+    played = {s: play_episode(task, s, actor, SCALING, explore=False) for s in reversed(seeds)}
     expected = [played[seed] for seed in seeds]
     assert len({episode.score for episode in expected}) > 1
     for workers in (1, 2):
-        config = Config(env=MAZE, eval_seed=4, n_episodes=N, eval_workers=workers)
-        evaluator = Evaluator(config, task)
+        pool = Workers(workers, N, task, make_maze)
         for _ in range(2):
-            assert_same(evaluator.evaluate(actor, SCALING), expected)
+            assert_same(pool.map(played_by(actor), seeds), expected)
         assert len(multiprocessing.active_children()) == (workers if workers > 1 else 0)
-        evaluator.close()
+        pool.close()
         assert not multiprocessing.active_children()
 
 
@@ -79,23 +84,22 @@ def test_the_number_of_workers(cores, quota, wanted, n_episodes, workers, monkey
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr(Path, "read_text", read_text)
-    config = Config(env=MAZE, n_episodes=n_episodes, eval_workers=wanted)
-    assert Evaluator(config, None).n_workers == workers
+    assert Workers(wanted, n_episodes, None, make_maze).count == workers
 
 
 def test_failures_of_workers_end_an_evaluation_in_one_line(actor):
-    evaluator = Evaluator(Config(env=MAZE, n_episodes=2, eval_workers=2), None)
+    workers, seeds = Workers(2, 2, None, make_maze), [0, 1]
     wrong = Scaling(np.zeros(3, np.float32), np.ones(1, np.float32), 1.0, 0.0)  # sizes disagree
-    with pytest.raises(EnvironmentFailure, match="step 0 of the episode with seed"):
-        evaluator.evaluate(actor, wrong)
+    with pytest.raises(RunError, match="step 0 of the episode with seed"):
+        workers.map(played_by(actor, wrong), seeds)
     for process in multiprocessing.active_children():
         os.kill(process.pid, signal.SIGTERM)  # which they do not hear
-    assert len(evaluator.evaluate(actor, SCALING)) == 2
+    assert len(workers.map(played_by(actor), seeds)) == 2
     for process in multiprocessing.active_children():
         os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(EnvironmentFailure, match="evaluation episodes has died"):
-        evaluator.evaluate(actor, SCALING)
-    evaluator.close()
+    with pytest.raises(RunError, match="evaluation episodes has died"):
+        workers.map(played_by(actor), seeds)
+    workers.close()
 
 
 def group_members(leader: int) -> list[str]:

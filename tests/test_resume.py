@@ -448,14 +448,14 @@ def test_a_full_disk_at_a_start_is_one_line(copied: Path) -> None:
 
 def test_a_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(folder: Path) -> None:
     options = [*SHORT, "--log_freq", 90]  # checkpoints come due between two looks at the metrics
-    real = cal_ql.Agent.compute
+    real = cal_ql.Agent.compute_gradients
 
     def broken(agent: cal_ql.Agent, *args: Any) -> tuple:
         gradients, metrics = real(agent, *args)
         return gradients, {**metrics, "qf2_loss": torch.tensor(math.nan)}
 
     with pytest.MonkeyPatch.context() as patch:
-        breaking = functools.partial(patch.setattr, cal_ql.Agent, "compute", broken)
+        breaking = functools.partial(patch.setattr, cal_ql.Agent, "compute_gradients", broken)
         with at_call(cal_ql.Agent, "update", 105, breaking):
             line = error_line(call(*options), code=1)
     assert "qf2_loss is not finite at step 105" in line

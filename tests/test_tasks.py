@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tasks
-from cal_ql import Actor, Config, load_dataset, play_episode, transitions_of
+from cal_ql import Actor, Config, load_dataset, play_episode, to_transitions
 from helpers import write_dataset
 from runs.errors import InputError
 
@@ -106,6 +106,6 @@ def test_a_state_is_worth_the_same_offline_and_online(kitchen, monkeypatch, tmp_
     assert dataset.rows.rewards.tolist() == [-2, -2, 0, -2]
     assert dataset.rows.terminals.tolist() == [0, 0, 1, 0]
     actor = Actor(60, 9, Config(hidden_dim=8))
-    episode = play_episode(kitchen, actor, dataset.scaling, 0, explore=False)
-    assert transitions_of(episode, dataset, 0.99).rewards.tolist() == [-2, -2, -2]
+    episode = play_episode(kitchen, 0, actor, dataset.scaling, explore=False)
+    assert to_transitions(episode, dataset, 0.99).rewards.tolist() == [-2, -2, -2]
     assert episode.score == 50.0 and not episode.terminal

@@ -45,10 +45,10 @@ def test_losses_and_gradients_run_where_there_are_no_values(cloning, monkeypatch
     """Tensors on the meta device have a shape and no values, so nothing can look at one."""
     monkeypatch.setattr(torch.optim, "Adam", lambda *args, **options: None)  # refuses such
     agent, batch = make_agent(META), make_batch(0, META)
-    gradients, metrics = agent.losses_and_gradients(batch, agent.draw_noise(), 5.0, True, cloning)
+    gradients, metrics = agent.gradients(batch, agent.draw_noise(), 5.0, True, cloning)
     assert all(value.device == META and value.shape == () for value in metrics.values())
     for name, values in gradients.items():
-        assert [value.shape for value in values] == [p.shape for p in agent.trained[name]]
+        assert [value.shape for value in values] == [p.shape for p in agent.learned[name]]
 
 
 # ---------------------------------------------------------------------------------- one graph
@@ -62,7 +62,7 @@ def assert_same_updates(eager: Agent, compiled: Agent, numbers: range, online_fr
             metrics.append(agent.update(make_batch(number), online=number >= online_from))
         torch.testing.assert_close(*metrics)
     torch.testing.assert_close(dict(eager.named_parameters()), dict(compiled.named_parameters()))
-    assert compiled.compiled  # and not given up
+    assert compiled.compute.compiled  # and not given up
 
 
 def test_every_kind_of_update_is_one_graph_and_computes_the_same(monkeypatch):

@@ -12,6 +12,7 @@ products of a hidden layer of the critics (forward, gradient of the input, gradi
 written to memory that is there already; whole or in pieces, whichever is faster).
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -33,8 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
 import tasks
 from runs import machine
+from runs.directory import open_directory
 from runs.errors import InputError, run_program
 from runs.signals import StopSignals
+from runs.workers import Workers
 from tools.command_line import Parser
 
 
@@ -73,7 +76,7 @@ def flops(config: cal_ql.Config, observation_dim: int, action_dim: int) -> float
         rows = batch * n_actions
         inner = rows * hidden * (hidden * (config.q_n_hidden_layers - 1) + 1)
         first = hidden * (batch * observation_dim + rows * action_dim)
-        return 2 * (first + inner), 2 * inner
+        return config.n_critics * (first + inner), config.n_critics * inner
 
     regularized, regularized_inputs = critics(1 + 3 * n)
     target, _ = critics(n if config.cql_max_target_backup else 1)
@@ -81,7 +84,7 @@ def flops(config: cal_ql.Config, observation_dim: int, action_dim: int) -> float
     inner = batch * hidden * (hidden * (config.actor_n_hidden_layers - 1) + 2 * action_dim)
     actor = batch * hidden * observation_dim + inner
     total = 2 * regularized + regularized_inputs + target
-    total += judged + judged_inputs + 2 * batch * hidden * action_dim
+    total += judged + judged_inputs + config.n_critics * batch * hidden * action_dim
     total += 3 * actor + inner  # at s and s' forward, and backward at s
     return 2.0 * total
 
@@ -89,8 +92,9 @@ def flops(config: cal_ql.Config, observation_dim: int, action_dim: int) -> float
 def hidden_products(config: cal_ql.Config, device: torch.device) -> Callable[[int], None]:
     """The three products of a hidden layer of the critics, as a function of the rows at a time."""
     rows, hidden = config.batch_size * (1 + 3 * config.cql_n_actions), config.hidden_dim
-    x, y, out = (torch.randn(2, rows, hidden, device=device) for _ in range(3))
-    weight, weight_out = (torch.randn(2, hidden, hidden, device=device) for _ in range(2))
+    n = config.n_critics
+    x, y, out = (torch.randn(n, rows, hidden, device=device) for _ in range(3))
+    weight, weight_out = (torch.randn(n, hidden, hidden, device=device) for _ in range(2))
 
     def multiply(size: int) -> None:
         for a, b, c in zip(x.split(size, 1), y.split(size, 1), out.split(size, 1)):
@@ -173,25 +177,25 @@ def kernels(config: cal_ql.Config, task: tasks.Task, compiled: bool) -> int:
 
 def train_steps(run: cal_ql.Run, log: cal_ql.Log, stop: StopSignals, n: int, online: bool) -> None:
     """n steps of the real loop, between two evaluations and two episodes."""
-    lengths = {"offline_iterations": 0 if online else n + 1}
-    lengths["online_iterations"] = n + 1 if online else 0
-    before, run.config = run.config, dataclasses.replace(run.config, **lengths)
-    run.step, run.evaluated_at, run.saved = 1, n + 1, (n + 1, n + 1)
-    run.updates_owed = n
-    cal_ql.train(run, log, stop)
-    run.config = before
+    for _ in range(n):
+        stop.check()
+        cal_ql.train_step(run, online)
+        log.advance()
+        if run.progress.step % run.config.log_freq == 0:
+            log.write_means(run.progress.step, run.metrics)
+            run.metrics.count = 0
 
 
 def measure_loops(run: cal_ql.Run, log: cal_ql.Log, repeats: int, n: int) -> dict[str, float]:
     """Seconds of an update, of the products of a hidden layer and of the loops and their parts."""
-    config, device, stop = run.config, run.device, StopSignals()
+    config, device, stop = run.config, run.agent.device, StopSignals()
     batch = run.dataset.sample(config.batch_size)
     multiply = hidden_products(config, device)
-    actor, lengths = run.agent.actor_on_cpu(), []
+    actor, lengths = copy.deepcopy(run.agent.actor).cpu(), []
 
     def play() -> None:
         scaling = run.dataset.scaling
-        episode = cal_ql.play_episode(run.task, actor, scaling, len(lengths), explore=True)
+        episode = cal_ql.play_episode(run.task, len(lengths), actor, scaling, explore=True)
         lengths.append(len(episode.rewards))
 
     run.play(stop)  # something online to learn from
@@ -214,18 +218,20 @@ def measure_loops(run: cal_ql.Run, log: cal_ql.Log, repeats: int, n: int) -> dic
 
 def evaluation_rates(run: cal_ql.Run, repeats: int) -> dict[int, float]:
     """Environment steps a second of an evaluation, by the number of processes, once started."""
-    actor, rates = run.agent.actor_on_cpu(), {1: [], machine.available_cores(): []}
-    evaluators = {}
+    rates = {1: [], machine.available_cores(): []}
+    pools = {}
+    how = {"actor": copy.deepcopy(run.agent.actor).cpu(), "scaling": run.dataset.scaling}
+    play = functools.partial(cal_ql.play_episode, **how, explore=False)
     for workers in rates:
-        config = dataclasses.replace(run.config, eval_workers=workers, n_episodes=16)
-        evaluators[workers] = cal_ql.Evaluator(config, run.task)
+        make_task = functools.partial(tasks.make, run.config.env, run.config.dataset_path)
+        pools[workers] = Workers(workers, 16, run.task, make_task)
     for _ in range(repeats + 1):
-        for workers, evaluator in evaluators.items():
+        for workers, pool in pools.items():
             start = time.perf_counter()
-            episodes = evaluator.evaluate(actor, run.dataset.scaling)
+            episodes = pool.map(play, range(16))
             steps = sum(len(episode.rewards) for episode in episodes)
             rates[workers].append(steps / (time.perf_counter() - start))
-    evaluators.popitem()[1].close()
+    pools.popitem()[1].close()
     return {workers: statistics.median(values[1:]) for workers, values in rates.items()}
 
 
@@ -241,13 +247,15 @@ def benchmark(
     config: cal_ql.Config, repeats: int, transitions: int = 0, count_kernels: bool = False
 ) -> dict[str, object]:
     """All figures by name. Without a `dataset_path` it trains on random `transitions`."""
-    device, task = cal_ql.resolve_device(config), tasks.make(config.env, config.dataset_path)
+    task = tasks.make(config.env, config.dataset_path)
     if config.dataset_path is None:
         path = Path(config.checkpoints_path) / "random.hdf5"
         write_random_data(path, task, transitions)
         config = dataclasses.replace(config, dataset_path=str(path))
     start = time.perf_counter()
-    run = cal_ql.Run(config, device, task, Path(config.dataset_path))
+    with open_directory(config.checkpoints_path, "benchmark", resume=True) as directory:
+        run = cal_ql.make_run(config, task, directory)
+    device = run.agent.device
 
     def update() -> None:
         run.agent.update(run.dataset.sample(config.batch_size), online=False)
@@ -256,12 +264,14 @@ def benchmark(
     first_update = time.perf_counter() - start
     n = max(2, round(1.0 / seconds(update, device, 3)))  # calls a second
     os.environ["WANDB_MODE"] = "offline"
-    log = cal_ql.Log(config, run.directory, 0)
+    phases = config.offline_iterations, config.total_steps
+    log = cal_ql.Log(directory, "benchmark", vars(config), *phases, step=0)
     log.bar.disable = True
     needed = flops(config, task.observation_dim, task.action_dim)
     times = measure_loops(run, log, repeats, n)
     log.close(10.0)
-    products = 3 * 2 * 2 * config.batch_size * (1 + 3 * config.cql_n_actions) * config.hidden_dim**2
+    rows = config.batch_size * (1 + 3 * config.cql_n_actions)
+    products = 3 * 2 * config.n_critics * rows * config.hidden_dim**2
     peak = products / min(times["products whole"], times["products in pieces"])
     offline = buffer_bytes(run.dataset.rows) + buffer_bytes([run.dataset.transitions])
     rows = len(run.dataset.transitions)

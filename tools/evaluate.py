@@ -8,7 +8,7 @@ success rate by Wilson's score. The video shows the first episode, rendered offs
 ant's maze plays it at about twice its speed, in a loop, and is a few hundred kilobytes large.
 """
 
-import dataclasses
+import functools
 import math
 import sys
 import warnings
@@ -25,6 +25,7 @@ import cal_ql
 import tasks
 from runs.directory import checkpoints_in, load_checkpoint
 from runs.errors import InputError, run_program
+from runs.workers import Workers
 from tools.command_line import Parser
 
 SIZE = 480, 360  # of a video, in pixels
@@ -142,11 +143,12 @@ def evaluate(run: Path, n: int, seed: int | None, video: Path | None) -> str:
     config, task, actor, scaling = load_policy(run)
     seed = config.eval_seed if seed is None else seed
     workers = 1 if video else None  # other processes could not film
-    config = dataclasses.replace(config, n_episodes=n, eval_seed=seed, eval_workers=workers)
     film = Filmed(task, video) if video else None
-    evaluator = cal_ql.Evaluator(config, film or task)
-    episodes = evaluator.evaluate(actor, scaling)
-    evaluator.close()
+    make_task = functools.partial(tasks.make, config.env, config.dataset_path)
+    pool = Workers(workers, n, film or task, make_task)
+    play = functools.partial(cal_ql.play_episode, actor=actor, scaling=scaling, explore=False)
+    episodes = pool.map(play, [cal_ql.episode_seed(seed, "eval", number) for number in range(n)])
+    pool.close()
     if film:
         film.save()
     lines = [

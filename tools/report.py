@@ -14,6 +14,7 @@ on the task. On a tie the default counts as the usual value; without it, each sh
 
 import base64
 import csv
+import dataclasses
 import html
 import io
 import itertools
@@ -40,7 +41,8 @@ from runs.options import read_config_file
 from tools.command_line import Parser
 
 SCORE, SUCCESS, REGRET = "eval/d4rl_normalized_score", "eval/success_rate", "train/regret"
-NO_METHOD = {*cal_ql.WHERE_AND_HOW_FAST, "env", "seed", "eval_seed", "precision", "name"}
+MAY_CHANGE = {f.name for f in dataclasses.fields(cal_ql.Config) if "may_change" in f.metadata}
+NO_METHOD = {*MAY_CHANGE, "env", "seed", "eval_seed", "precision", "name"}
 PHRASES = {  # instead of an option and its value
     "calibrate_online false": "not calibrated online",
     "offline_iterations 0": "no offline phase",
