@@ -53,9 +53,9 @@ from tqdm import tqdm
 import tasks
 from runs import machine
 from runs.directory import RunDirectory, load_checkpoint
-from runs.errors import InputError, RunError
+from runs.errors import InputError, RunError, run_program
 from runs.log import Wandb
-from runs.options import ConfigParser, Ranges
+from runs.options import ConfigParser, FilePath, Ranges
 from runs.signals import Stop, StopSignals, blocked_signals
 from tasks import Task
 
@@ -89,10 +89,12 @@ class Config:
     eval_workers: Optional[int] = None  # Processes that play them; null is one per core, at most 8
     offline_iterations: int = 1_000_000  # Updates in the offline phase
     online_iterations: int = 1_000_000  # Environment steps in the online phase
-    checkpoints_path: Optional[str] = None  # Where the run gets its directory; null saves nothing
+    checkpoints_path: Optional[FilePath] = (
+        None  # Where the run gets its directory; null saves nothing
+    )
     checkpoint_freq: Optional[int] = None  # Steps between two checkpoints; null is eval_freq
     resume: bool = True  # Continue the run that checkpoints_path holds; false refuses to touch it
-    load_model: str = ""  # Checkpoint whose networks, temperatures and scaling a new run takes
+    load_model: FilePath = ""  # Checkpoint whose networks, temperatures and scaling a new run takes
 
     buffer_size: int = 2_000_000  # Capacity of each replay buffer, at least the dataset's size
     batch_size: int = 256  # Transitions per update
@@ -131,7 +133,9 @@ class Config:
     is_sparse_reward: bool = False  # A failed episode is taken to go on failing for ever
     mixing_ratio: float = 0.5  # Share of offline data in the online phase's batches
     online_utd_ratio: int = 1  # Updates per environment step in the online phase
-    dataset_path: Optional[str] = None  # File or folder of the task's data; null is the published
+    dataset_path: Optional[FilePath] = (
+        None  # File or folder of the task's data; null is the published
+    )
 
     log_freq: int = 1000  # Steps over which metrics are averaged before they are logged
     project: str = "CORL"  # Weights & Biases project
@@ -987,7 +991,7 @@ class Run:
             other = {name: value for name, value in theirs.items() if mine.get(name) != value}
             raise InputError(f"checkpoints_path: {directory.path} holds a run with {other}")
         if not saved and config.load_model:
-            model = load_checkpoint(Path(config.load_model), self.device)
+            model = load_checkpoint(Path(config.load_model), self.device, option="load_model")
         scaling = {k: v.cpu().numpy() for k, v in model["scaling"].items()} if model else {}
         self.dataset = load_dataset(config, task, data, self.device, scaling)
         machine.keep_freed_memory()
@@ -1006,7 +1010,7 @@ class Run:
         self.saved = self.step, self.evaluated_at  # as of the newest checkpoint
         print(self.summary())
         if directory:
-            directory.begin(config, self.step)
+            directory.begin(vars(config), self.step)
 
     def load_agent(self, model: dict[str, Any]) -> None:
         """Take networks, temperatures and, where the checkpoint has it, the optimizer's state."""
@@ -1182,23 +1186,17 @@ def start(config: Config, stop: StopSignals) -> None:
         log.close(patience=1.0)  # there is a hurry, or it is closed already
 
 
+def run_command_line() -> None:
+    stop = StopSignals()
+    with stop.at_once():
+        config = parse_config()
+    start(config, stop)
+
+
 def main() -> int:
     """Run the command line; returns its exit code."""
-    sys.stdout.reconfigure(line_buffering=True)  # in a log file or a pipe too
-    stop = StopSignals()
-    try:
-        with stop.at_once():
-            config = parse_config()
-        start(config, stop)
-        return 0
-    except (InputError, RunError, Stop) as error:
-        kind = "stopped" if isinstance(error, Stop) else "error"
-        print(f"cal_ql.py: {kind}:", *str(error).split(), file=sys.stderr)  # one line, always
-        return error.exit_code
+    return run_program(run_command_line, "cal_ql.py", goes_on=True)
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # at once: whatever of W&B hangs would be waited for
+    os._exit(main())  # at once: whatever of W&B hangs would be waited for

@@ -8,6 +8,7 @@ from typing import Any, Optional
 import wandb
 
 from runs.directory import RunDirectory
+from runs.errors import expand_home, open_regular
 
 
 class Wandb:
@@ -21,7 +22,8 @@ class Wandb:
         self.run: Any = None
         options["settings"] = wandb.Settings(init_timeout=20, quiet=True)
         if directory:
-            options |= {"dir": os.environ.get("WANDB_DIR", directory.path), "resume": "allow"}
+            place = expand_home(os.environ.get("WANDB_DIR", str(directory.path)), "WANDB_DIR")
+            options |= {"dir": place, "resume": "allow"}
             options["id"] = os.environ.get("WANDB_RUN_ID", self.known_id(directory))
         offline = {"mode": "offline", "settings": wandb.Settings(silent=True)}
         try:
@@ -35,8 +37,9 @@ class Wandb:
                 self.run = wandb.init(**options | offline)
             self.run.define_metric("*", step_metric="step")
             if directory:
-                with contextlib.suppress(IsADirectoryError):  # `known_id` has said so
-                    (directory.path / "wandb_id").write_text(self.run.id)
+                with contextlib.suppress(OSError):  # `known_id` has said so
+                    with open_regular(directory.path / "wandb_id", "w") as file:
+                        file.write(self.run.id)
         except Exception as error:  # nothing of it is worth a run
             print("W&B fails, metrics.jsonl is written all the same:", *str(error).split())
         for record in directory.records() if directory else []:
@@ -45,7 +48,8 @@ class Wandb:
     def known_id(self, directory: RunDirectory) -> Optional[str]:
         path = directory.path / "wandb_id"
         try:
-            return path.read_text().strip() or None
+            with open_regular(path, "r") as file:
+                return file.read().strip() or None
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
