@@ -89,9 +89,7 @@ class Config:
     eval_workers: Optional[int] = None  # Processes that play them; null is one per core, at most 8
     offline_iterations: int = 1_000_000  # Updates in the offline phase
     online_iterations: int = 1_000_000  # Environment steps in the online phase
-    checkpoints_path: Optional[FilePath] = (
-        None  # Where the run gets its directory; null saves nothing
-    )
+    checkpoints_path: Optional[FilePath] = None  # Folder of the run's directory; null saves nothing
     checkpoint_freq: Optional[int] = None  # Steps between two checkpoints; null is eval_freq
     resume: bool = True  # Continue the run that checkpoints_path holds; false refuses to touch it
     load_model: FilePath = ""  # Checkpoint whose networks, temperatures and scaling a new run takes
@@ -133,9 +131,7 @@ class Config:
     is_sparse_reward: bool = False  # A failed episode is taken to go on failing for ever
     mixing_ratio: float = 0.5  # Share of offline data in the online phase's batches
     online_utd_ratio: int = 1  # Updates per environment step in the online phase
-    dataset_path: Optional[FilePath] = (
-        None  # File or folder of the task's data; null is the published
-    )
+    dataset_path: Optional[FilePath] = None  # The task's data, a file or folder; null: published
 
     log_freq: int = 1000  # Steps over which metrics are averaged before they are logged
     project: str = "CORL"  # Weights & Biases project

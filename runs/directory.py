@@ -101,7 +101,7 @@ class RunDirectory:
             self.rows.truncate(self.sizes()["rows"])
             self.rows.seek(0, os.SEEK_END)
             with open_regular(self.path / "config.yaml", "w", encoding="utf-8") as file:
-                yaml.safe_dump(options, file, sort_keys=False)
+                yaml.safe_dump(options, file)
             with open_regular(starts, "ab+") as file:
                 file.seek(0)
                 earlier = file.read().splitlines() if step else []
@@ -301,6 +301,7 @@ def load_checkpoint(
         with zipfile.ZipFile(image) as file:
             if damaged := file.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"{damaged} is damaged")
+        image.seek(0)
         state = torch.load(image, map_location=device, weights_only=True)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError("it was not written by this version of the code")

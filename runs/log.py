@@ -37,9 +37,7 @@ class Wandb:
                 self.run = wandb.init(**options | offline)
             self.run.define_metric("*", step_metric="step")
             if directory:
-                with contextlib.suppress(OSError):  # `known_id` has said so
-                    with open_regular(directory.path / "wandb_id", "w") as file:
-                        file.write(self.run.id)
+                self.keep_id(directory)
         except Exception as error:  # nothing of it is worth a run
             print("W&B fails, metrics.jsonl is written all the same:", *str(error).split())
         for record in directory.records() if directory else []:
@@ -55,6 +53,11 @@ class Wandb:
         except (OSError, ValueError) as error:
             print(f"W&B: cannot read {path}, so the run gets a new id ({error})")
             return None
+
+    def keep_id(self, directory: RunDirectory) -> None:
+        path = directory.path / "wandb_id"
+        with contextlib.suppress(OSError), open_regular(path, "w") as file:  # see `known_id`
+            file.write(self.run.id)
 
     def send(self, record: dict[str, Any]) -> None:
         try:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 

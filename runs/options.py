@@ -9,7 +9,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, Optional, get_args
+from typing import Any, NoReturn, Optional, get_args, get_type_hints
 from unittest import mock
 
 import pyrallis
@@ -106,7 +106,7 @@ def cast_option(name: str, text: Optional[str], kind: Any) -> Any:
 
 def make_config(config_class: type, ranges: Ranges, options: dict[str, Optional[str]]) -> Any:
     """Options from their texts, checked; raises `InputError` for the first that is wrong."""
-    kinds = config_class.__annotations__
+    kinds = get_type_hints(config_class)
     for name in options:
         if name not in kinds:
             close = close_matches(name, kinds)
