@@ -21,7 +21,7 @@ def control_group_folders(controller: str, root: Path, own: Path) -> Iterator[Pa
 
     In a container the path may be one of the host's: what is not there is passed over.
     """
-    with contextlib.suppress(OSError):  # there are no groups
+    with contextlib.suppress(OSError, ValueError):  # there are no groups
         for line in own.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             names = [controllers, controller] if controllers else ["", "unified"]
