@@ -33,6 +33,7 @@ from runs.errors import (
 from runs.machine import provenance
 
 FORMAT = 2  # of checkpoints; those of other code are refused
+NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems without flock
 
 
@@ -305,9 +306,9 @@ def load_checkpoint(
         state = torch.load(image, map_location=device, weights_only=True)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError("it was not written by this version of the code")
-    except FileNotFoundError:
-        raise InputError(f"{prefix}there is no checkpoint {shortened(str(path))}") from None
     except Exception as error:  # whatever the parts of torch.load raise on a broken file
+        if getattr(error, "errno", None) in NO_FILE:
+            raise InputError(f"{prefix}there is no checkpoint {path}") from None
         if is_system_error(error):
             raise RunError(f"{prefix}cannot read {path} ({describe(error)})") from None
         reason = str(error).partition("\n")[0]

@@ -140,9 +140,9 @@ def describe(error: BaseException) -> str:
     return f"{text}; {remedy}" if remedy else text
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, most: int = 80) -> str:
     """For an error: a value that may be long."""
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 # ---------------------------------------------------------------------------- programs
@@ -214,5 +214,6 @@ def run_program(main: Callable[[], None], name: str, goes_on: bool = False) -> i
             raise
         problem, code = describe(error), 1
     if code != 128 + signal.SIGPIPE:  # then there is nobody to tell
-        print(f"{name}: {kind}:", *problem.split(), file=sys.stderr)
+        words = [shortened(word, 300) for word in problem.split()]
+        print(f"{name}: {kind}:", *words, file=sys.stderr)
     return code

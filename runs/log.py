@@ -21,12 +21,12 @@ class Wandb:
     def __init__(self, directory: Optional[RunDirectory], **options: Any):
         self.run: Any = None
         options["settings"] = wandb.Settings(init_timeout=20, quiet=True)
-        if directory:
-            place = expand_home(os.environ.get("WANDB_DIR", str(directory.path)), "WANDB_DIR")
-            options |= {"dir": place, "resume": "allow"}
-            options["id"] = os.environ.get("WANDB_RUN_ID", self.known_id(directory))
         offline = {"mode": "offline", "settings": wandb.Settings(silent=True)}
         try:
+            if directory:
+                place = os.environ.get("WANDB_DIR", str(directory.path))
+                options |= {"dir": expand_home(place, "WANDB_DIR"), "resume": "allow"}
+                options["id"] = os.environ.get("WANDB_RUN_ID", self.known_id(directory))
             try:
                 if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
                     print("W&B: no API key, so it records offline; `wandb sync` uploads that later")

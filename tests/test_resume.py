@@ -177,8 +177,11 @@ def test_a_process_killed_or_stopped_at_any_moment_leaves_no_trace(
         process = start_run(folder, *RUN)
         wait_until(process, holds)
         assert ended_by(process, signum) == code
-    # two at once: what the first one asks for is not waited for
-    process = start_run(folder, *RUN)
+    # two at once, and nobody reads its output: what the first one asks for is not waited for
+    reader, closed = os.pipe()
+    os.close(reader)
+    process = start_run(folder, *RUN, stdout=closed, stderr=closed)
+    os.close(closed)
     wait_until(process, step_reached(folder, 250))
     process.send_signal(signal.SIGSTOP)
     saved = newest(folder)
