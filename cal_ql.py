@@ -21,7 +21,7 @@ signals, the directory on disk, logs, processes.
 import copy
 import functools
 import math
-import sys
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -33,10 +33,17 @@ from torch import Tensor, nn
 
 import tasks
 from runs import machine
-from runs.directory import RunDirectory, load_checkpoint, open_directory, saved_on_failure
+from runs.directory import (
+    RunDirectory,
+    checkpoint_form,
+    load_checkpoint,
+    model_form,
+    open_directory,
+    saved_on_failure,
+)
 from runs.errors import InputError, RunError, run_program
 from runs.log import Log, MeanMetrics, name_per_critic
-from runs.options import ConfigParser, Ranges, identify, may_change, name_run, option
+from runs.options import ConfigParser, FilePath, Ranges, identify, may_change, name_run, option
 from runs.signals import StopSignals
 from runs.workers import Workers
 from tasks import Task
@@ -62,10 +69,10 @@ class Config:
     eval_workers: Optional[int] = may_change(None, ">= 1")  # Processes for these; null: one a core
     offline_iterations: int = option(1_000_000, ">= 0")  # Updates in the offline phase
     online_iterations: int = may_change(1_000_000, ">= 0")  # Environment steps after it
-    checkpoints_path: Optional[str] = may_change(None, "path")  # Folder of runs; null: none
+    checkpoints_path: Optional[FilePath] = may_change(None, "path")  # Folder of runs; null: none
     checkpoint_freq: Optional[int] = may_change(None, ">= 1")  # Steps between two; null: eval_freq
     resume: bool = may_change(True)  # Continue the run in checkpoints_path; false refuses to
-    load_model: str = ""  # Checkpoint whose networks, temperatures and scaling a new run takes
+    load_model: FilePath = ""  # Checkpoint whose networks, temperatures and scaling a new run takes
 
     buffer_size: int = option(2_000_000, ">= 1")  # Transitions that each replay buffer can hold
     batch_size: int = option(256, ">= 1")  # Transitions per update
@@ -105,7 +112,7 @@ class Config:
     is_sparse_reward: bool = False  # Treat a failed episode as failing forever
     mixing_ratio: float = option(0.5, "0 to 1")  # Share of offline data in online batches
     online_utd_ratio: int = option(1, ">= 1")  # Updates per environment step in the online phase
-    dataset_path: Optional[str] = option(None, "path")  # The task's data; null: the published
+    dataset_path: Optional[FilePath] = option(None, "path")  # The task's data; null: the published
 
     log_freq: int = may_change(1000, ">= 1")  # Steps over which logged metrics are averaged
     project: str = may_change("CORL")  # Weights & Biases project
@@ -864,10 +871,12 @@ def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> R
     data = task.data_file(config.dataset_path)
     torch.manual_seed(config.seed)
     agent = Agent(task.observation_dim, task.action_dim, config, device)
-    saved = directory.load(device) if directory else None
+    counts = vars(Progress())
+    form = checkpoint_form(agent.state_dict(), agent.optimizer, task.observation_dim, counts)
+    saved = directory.load(device, form) if directory else None
     model = saved
     if config.load_model and not saved:
-        model = load_checkpoint(Path(config.load_model), device)
+        model = load_checkpoint(Path(config.load_model), device, model_form(form), "load_model")
     if model:
         agent.take(model)
     scaling = {k: v.cpu().numpy() for k, v in model["scaling"].items()} if model else {}
@@ -879,7 +888,7 @@ def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> R
     if saved:
         run.restore(saved)
     if directory:
-        directory.begin(config, run.progress.step)
+        directory.begin(vars(config), run.progress.step)
     return run
 
 
@@ -977,7 +986,6 @@ def main() -> None:
     Raises `InputError` for wrong input, which leaves nothing behind, `RunError` for what ends the
     run later, and `Stop`.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # in a log file or a pipe too
     stop = StopSignals()
     with stop.at_once():
         config = parse_config()
@@ -1000,4 +1008,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, "cal_ql.py")
+    code = run_program(main, "cal_ql.py", goes_on=True)
+    os._exit(code)  # at once: a normal exit would wait for W&B's threads

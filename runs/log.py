@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from runs.directory import RunDirectory
-from runs.errors import RunError
+from runs.errors import RunError, expand_home, open_regular
 
 
 class MeanMetrics:
@@ -76,11 +76,12 @@ class Wandb:
     def __init__(self, directory: Optional[RunDirectory], **options: Any):
         self.run: Any = None
         options["settings"] = wandb.Settings(init_timeout=20, quiet=True)
-        if directory:
-            options |= {"dir": os.environ.get("WANDB_DIR", directory.path), "resume": "allow"}
-            options["id"] = os.environ.get("WANDB_RUN_ID", self.known_id(directory))
         offline = {"mode": "offline", "settings": wandb.Settings(silent=True)}
         try:
+            if directory:
+                place = os.environ.get("WANDB_DIR", str(directory.path))
+                options |= {"dir": expand_home(place, "WANDB_DIR"), "resume": "allow"}
+                options["id"] = os.environ.get("WANDB_RUN_ID", self.known_id(directory))
             try:
                 if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
                     print("W&B: no API key, so it records offline; `wandb sync` uploads that later")
@@ -91,8 +92,7 @@ class Wandb:
                 self.run = wandb.init(**options | offline)
             self.run.define_metric("*", step_metric="step")
             if directory:
-                with contextlib.suppress(IsADirectoryError):  # `known_id` has said so
-                    (directory.path / "wandb_id").write_text(self.run.id)
+                self.keep_id(directory)
         except Exception as error:  # nothing of it is worth a run
             print("W&B fails, metrics.jsonl is written all the same:", *str(error).split())
         for record in directory.records() if directory else []:
@@ -101,12 +101,18 @@ class Wandb:
     def known_id(self, directory: RunDirectory) -> Optional[str]:
         path = directory.path / "wandb_id"
         try:
-            return path.read_text().strip() or None
+            with open_regular(path, "r") as file:
+                return file.read().strip() or None
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             print(f"W&B: cannot read {path}, so the run gets a new id ({error})")
             return None
+
+    def keep_id(self, directory: RunDirectory) -> None:
+        path = directory.path / "wandb_id"
+        with contextlib.suppress(OSError), open_regular(path, "w") as file:  # see `known_id`
+            file.write(self.run.id)
 
     def send(self, record: dict[str, Any]) -> None:
         try:

@@ -15,19 +15,62 @@ import torch
 
 from runs.errors import InputError
 
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
-def control_group_limit(name: str) -> float:
-    """A limit of this process's control group: cpu.max in cores, memory.max in bytes; or inf."""
+
+def control_group_folders(controller: str, root: Path, own: Path) -> Iterator[Path]:
+    """Of this process's control group and those around it, by version 2 and version 1.
+
+    In a container the path may be one of the host's: what is not there is passed over.
+    """
+    with contextlib.suppress(OSError, ValueError):  # there are no groups
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            names = [controllers, controller] if controllers else ["", "unified"]
+            if controllers and controller not in controllers.split(","):
+                continue
+            for name in names:
+                folder = root / name / path.lstrip("/")
+                while folder.is_relative_to(root / name):
+                    yield folder
+                    folder = folder.parent
+
+
+def numbers_in(path: Path) -> list[float]:
+    """What a control group's file says; [] where there is none, "max" and -1 are infinite."""
     try:
-        value, period = [*Path("/sys/fs/cgroup", name).read_text().split(), "1"][:2]
-        return float(value) / float(period)
-    except (OSError, ValueError):  # there is no group, or it says "max"
-        return math.inf
+        words = path.read_text().split()
+        return [math.inf if word in ("max", "-1") else float(word) for word in words]
+    except (OSError, ValueError):
+        return []
+
+
+def core_limit(root: Path = CONTROL_GROUPS, own: Path = Path("/proc/self/cgroup")) -> float:
+    """The least of the quotas of the control groups that this process is in, in cores."""
+    limits = [math.inf]
+    for folder in control_group_folders("cpu", root, own):
+        quota = numbers_in(folder / "cpu.cfs_quota_us")
+        for numbers in (
+            numbers_in(folder / "cpu.max"),
+            quota + numbers_in(folder / "cpu.cfs_period_us"),
+        ):
+            if len(numbers) == 2:
+                limits.append(numbers[0] / numbers[1])
+    return min(limits)
+
+
+def memory_limit(root: Path = CONTROL_GROUPS, own: Path = Path("/proc/self/cgroup")) -> float:
+    """The least of the limits of the control groups that this process is in, in bytes."""
+    limits = [math.inf]
+    for folder in control_group_folders("memory", root, own):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limits += numbers_in(folder / name)
+    return min(limits)
 
 
 def available_cores() -> int:
-    """Those that this process may use, by its affinity and its control group's quota."""
-    return math.ceil(min(len(os.sched_getaffinity(0)), control_group_limit("cpu.max")))
+    """Those that this process may use, by its affinity and its control groups' quotas."""
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), core_limit())))
 
 
 def resolve_device(name: str, precision: Optional[str]) -> torch.device:
@@ -63,7 +106,7 @@ def available_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     (kilobytes,) = re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
-    return min(1024.0 * int(kilobytes), control_group_limit("memory.max"))
+    return min(1024.0 * int(kilobytes), memory_limit())
 
 
 def flush_denormals() -> None:

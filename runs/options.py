@@ -9,18 +9,47 @@ import json
 import math
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional, get_args
+from typing import Any, NoReturn, Optional, get_args, get_type_hints
 from unittest import mock
 
 import pyrallis
 import yaml
 
-from runs.errors import InputError, close_matches
+from runs.errors import (
+    InputError,
+    close_matches,
+    describe,
+    expand_home,
+    open_regular,
+    shortened,
+)
 
 Ranges = list[tuple[str, Callable[[Any, Any], Any], str]]  # options, what must hold, in words
 
+NULLS = {"null", "Null", "NULL", "~", "None"}  # the last is what `wandb agent` makes of null
+BOOLEANS = {"true": True, "True": True, "TRUE": True}
+BOOLEANS |= {"false": False, "False": False, "FALSE": False}
+
+
+class FilePath(str):
+    """The type of options that name a file or a folder: a str in which ~ is the home directory."""
+
+
+FilePath.__name__ = "path"  # for --help
+
+WORDS = {
+    bool: "true or false",
+    int: "a whole number below 2**63",
+    float: "a number",
+    str: "text without control characters",
+    FilePath: "a path without control characters",
+}
+
+
+# ---------------------------------------------------------------------------- options
 
 HOLDS: dict[str, tuple[Callable[[Any], Any], str]] = {  # ranges: what must hold, and in words
     ">= 1": (lambda x: x >= 1, "1 or more"),
@@ -79,77 +108,126 @@ def name_run(prefix: str, identity: dict[str, Any]) -> str:
     return f"{prefix}-{digest[:8]}".replace("/", "-")
 
 
+# ---------------------------------------------------------------------------- values
+
+
+def resolve(text: str) -> Optional[str]:
+    """None for what an unquoted text calls null; every other text is what was written."""
+    return None if text in NULLS else text
+
+
 def value_type(kind: Any) -> type:
     """int of int and of Optional[int], and so on."""
     return (*get_args(kind), kind)[0]
 
 
-def cast(value: Any, kind: Any) -> Any:
-    """A YAML value as an option's type; raises TypeError or ValueError where it does not fit."""
-    if value is None and type(None) in get_args(kind):
-        return None
-    kind = value_type(kind)
-    accepted = {bool: bool, str: (str, int, float)}.get(kind, (int, float, str))
-    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
-        raise TypeError
-    if kind is int and not isinstance(value, int) and not (value := float(value)).is_integer():
+def whole_number(text: str) -> int:
+    """In decimal digits, zeros in front or not, or as a float's text: 1e6."""
+    try:
+        number = int(text)
+    except ValueError:
+        if not float(text).is_integer():
+            raise
+        number = int(float(text))
+    if abs(number) >= 2**63:
         raise ValueError
-    return kind(value)
+    return number
 
 
-def make_config(config_class: type, ranges: Ranges, options: dict[Any, Any]) -> Any:
-    """Options as YAML gives them, checked; raises `InputError` for the first that is wrong."""
-    kinds = config_class.__annotations__
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    for name, value in options.items():
+def real_number(text: str) -> float:
+    """As Python reads it, or as YAML writes infinity: -.inf."""
+    number = float(re.sub(r"^([-+]?)\.(?=inf$|nan$)", r"\1", text, flags=re.IGNORECASE))
+    if math.isinf(number) and "inf" not in text.lower():  # too large for a float
+        raise ValueError
+    return number
+
+
+def cast(text: Optional[str], kind: Any) -> Any:
+    """A value as its option's type; raises LookupError, TypeError or ValueError for another."""
+    if text is None:
+        if type(None) in get_args(kind):
+            return None
+        raise TypeError
+    kind = value_type(kind)
+    if kind in (str, FilePath):
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+            raise ValueError
+        return text
+    return {bool: BOOLEANS.__getitem__, int: whole_number, float: real_number}[kind](text)
+
+
+def cast_option(name: str, text: Optional[str], kind: Any) -> Any:
+    """`cast`, naming the option in an `InputError`."""
+    try:
+        value = cast(text, kind)
+    except (LookupError, TypeError, ValueError):
+        found = "null" if text is None else shortened(repr(text))
+        raise InputError(f"{name}: found {found}, expected {WORDS[value_type(kind)]}") from None
+    return expand_home(value, name) if value and value_type(kind) is FilePath else value
+
+
+def make_config(config_class: type, ranges: Ranges, options: dict[str, Optional[str]]) -> Any:
+    """Options from their texts, checked; raises `InputError` for the first that is wrong."""
+    kinds = get_type_hints(config_class)
+    for name in options:
         if name not in kinds:
-            close = close_matches(str(name), kinds)
+            close = close_matches(name, kinds)
             raise InputError(f"{name}: there is no such option; close matches: {close}")
-        try:
-            options[name] = cast(value, kinds[name])
-        except (TypeError, ValueError, OverflowError):
-            expected = words[value_type(kinds[name])]
-            found = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
-            raise InputError(f"{name}: found {found}, expected {expected}") from None
-    config = config_class(**options)
-    for field in dataclasses.fields(config_class):
+    values = {name: cast_option(name, text, kinds[name]) for name, text in options.items()}
+    config = config_class(**values)
+    check_values(config, kinds)
+    for names, holds, expected in ranges:
+        for name in names.split():
+            if not holds(value := getattr(config, name), config):
+                raise InputError(f"{name}: found {shortened(repr(value))}, expected {expected}")
+    return config
+
+
+def check_values(config: Any, kinds: dict[str, Any]) -> None:
+    """Raise `InputError` for the first value out of its option's range."""
+    for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if "values" in field.metadata and value is not None:
             holds, expected = HOLDS[field.metadata["values"]]
             if not holds(value):
                 null = " or null" if type(None) in get_args(kinds[field.name]) else ""
-                raise InputError(f"{field.name}: found {value!r}, expected {expected}{null}")
-    for names, holds, expected in ranges:
-        for name in names.split():
-            if not holds(value := getattr(config, name), config):
-                raise InputError(f"{name}: found {value!r}, expected {expected}")
-    return config
+                found = shortened(repr(value))
+                raise InputError(f"{field.name}: found {found}, expected {expected}{null}")
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML itself takes the last of two equal keys in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [str(key.value) for key, _ in node.value]
-        if len(keys) > len(set(keys)):
-            raise ValueError(f"{max(keys, key=keys.count)} is given twice")
-        return super().construct_mapping(node, deep)
+# ---------------------------------------------------------------------------- files
 
 
-def read_config_file(path: str) -> dict[Any, Any]:
-    """The options in a YAML file; raises `InputError` where it holds none."""
+def text_of(name: str, node: yaml.Node) -> Optional[str]:
+    """The value of a YAML node, as it is written; raises ValueError where it is not one text."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError(f"{name}: found a {node.id}, expected one value")
+    if node.tag != yaml.BaseLoader.DEFAULT_SCALAR_TAG:
+        raise ValueError(f"{name}: found the tag {node.tag}, expected a value without")
+    is_quoted = node.style is not None
+    return node.value if is_quoted or node.value not in {*NULLS, ""} else None
+
+
+def read_config_file(path: str) -> dict[str, Optional[str]]:
+    """The options in a YAML file, as texts; raises `InputError` where it holds none."""
+    options: dict[str, Optional[str]] = {}
     try:
-        with open(path, encoding="utf-8") as file:
-            options = yaml.load(file, UniqueKeyLoader)
-        if not isinstance(options, dict):
-            raise ValueError(
-                "it is empty" if options is None else f"it holds {str(options)[:80]!r}"
-            )
+        with open_regular(Path(expand_home(path, "config_path")), "r", encoding="utf-8") as file:
+            root = yaml.compose(file, yaml.BaseLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise ValueError("it holds no options" if root else "it is empty")
+        for key, node in root.value:
+            name = str(key.value)
+            if name in options:  # YAML itself takes the last in silence
+                raise ValueError(f"{name} is given twice")
+            options[name] = text_of(name, node)
         return options
-    except (OSError, yaml.YAMLError, ValueError, TypeError) as error:
-        raise InputError(
-            f"config_path: found {path!r}, expected a YAML file of options ({error})"
-        ) from None
+    except (OSError, MemoryError, RecursionError, yaml.YAMLError, ValueError) as error:
+        expected = f"expected a YAML file of options ({describe(error)})"
+        raise InputError(f"config_path: found {shortened(repr(path))}, {expected}") from None
+
+
+# ---------------------------------------------------------------------------- the command line
 
 
 class ConfigParser(pyrallis.argparsing.ArgumentParser):
@@ -159,13 +237,16 @@ class ConfigParser(pyrallis.argparsing.ArgumentParser):
     """
 
     def __init__(self, config_class: type, ranges: Ranges):
+        epilog = "Of an option that is given twice the last counts."
         # pyrallis would read the class' source anew for the comment of each option
         with mock.patch.object(inspect, "getsource", functools.cache(inspect.getsource)):
-            super().__init__(config_class=config_class, allow_abbrev=False)
+            super().__init__(config_class=config_class, allow_abbrev=False, epilog=epilog)
+        self.add_argument("--_wandb", help=argparse.SUPPRESS)  # `wandb agent` adds it
         self.ranges = ranges
-        self._negative_number_matcher = re.compile(r"-[\d.]")  # -.inf is a value, not an option
+        # what begins so is a value, not an option
+        self._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)", re.IGNORECASE)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists the options)")
 
     def parse_known_args(self, args: Optional[list[str]] = None, namespace: Any = None) -> Any:
@@ -175,12 +256,8 @@ class ConfigParser(pyrallis.argparsing.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _postprocessing(self, parsed: argparse.Namespace) -> Any:
-        given, kinds = vars(parsed), self.config_class.__annotations__
+        given = vars(parsed)
+        given.pop("_wandb", None)
         options = read_config_file(given.pop("config_path")) if "config_path" in given else {}
-        for name, text in given.items():
-            try:  # text is taken as it is
-                is_text = value_type(kinds[name]) is str and text != "null"
-                options[name] = text if is_text else yaml.safe_load(text)
-            except (yaml.YAMLError, ValueError):
-                raise InputError(f"{name}: found {text[:80]!r}, expected a YAML value") from None
+        options |= {name: resolve(text) for name, text in given.items()}
         return make_config(self.config_class, self.ranges, options)

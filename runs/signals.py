@@ -7,13 +7,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any, Optional
 
-
-class Stop(BaseException):
-    """A signal asks the run to save and exit. No library's `except Exception` takes it."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"by {signal.Signals(signum).name}; the same command goes on from here")
-        self.exit_code = 128 + signum
+from runs.errors import Stop
 
 
 class StopSignals:

@@ -170,6 +170,12 @@ BAD_OPTIONS = {
     "--config_path=": "config_path",
     "--checkpoints_path=": "checkpoints_path",
     "--checkpoints_path /sys/runs": "/sys/runs",
+    f"--checkpoints_path {'x' * 5000}": "checkpoints_path: cannot write there",
+    f"--load_model {'x' * 5000}": "load_model: there is no checkpoint",
+    f"--config_path {'x' * 5000}": "config_path: ",
+    "--load_model /dev/zero": "load_model: /dev/zero is not a valid checkpoint",
+    "--seed 0x10": "seed: found '0x10', expected a whole number",
+    "--normalize yes": "normalize: found 'yes', expected true or false",
     "--checkpoints_path data.hdf5/runs": "data.hdf5/runs",
     "--dataset_path nowhere.hdf5": "dataset_path: there is no file nowhere.hdf5",
     "--dataset_path text": "dataset text: not a whole HDF5 file",
@@ -178,10 +184,10 @@ BAD_OPTIONS = {
     "--device mps": "device",
     "--device xpu": "device",
     "--device meta": "device",
-    "--load_model text": "text is no whole checkpoint",
+    "--load_model text": "text is not a valid checkpoint",
     "--load_model nowhere.pt": "there is no checkpoint nowhere.pt",
-    "--load_model .": ". is no whole checkpoint",
-    "--load_model other.pt": "other.pt is no whole checkpoint (it was not written by this",
+    "--load_model .": ". is not a valid checkpoint",
+    "--load_model other.pt": "other.pt is not a valid checkpoint (it was not written by this",
     f"--hidden_dim {10**9}": f"hidden_dim {10**9}",
     f"--batch_size {10**9}": f"batch_size {10**9}",
     f"--cql_n_actions {10**9}": f"cql_n_actions {10**9}",
@@ -212,7 +218,8 @@ def test_a_bad_option_gives_one_line_that_names_it(options: str, folder: Path) -
     (folder / "text").write_text("<html>404</html>")
     torch.save({"weights": torch.zeros(3)}, "other.pt")
     before = set(os.listdir())
-    assert BAD_OPTIONS[options] in error_line(call(*SMALL, *options.split()))
+    line = error_line(call(*SMALL, *options.split()))
+    assert BAD_OPTIONS[options] in line and len(line) < 1000
     assert set(os.listdir()) == before
 
 
@@ -238,10 +245,16 @@ def test_a_dataset_directory_that_is_a_file_is_named(
 
 
 def test_bad_input_at_the_real_command_line(tmp_path: Path) -> None:
-    """D4RL makes its folder for data where it is imported, if it can."""
-    env = {**os.environ, "D4RL_DATASET_DIR": "/dev/null/datasets"}
-    process = start_run(tmp_path, *SMALL, "--dataset_path", "nowhere.hdf5", env=env)
-    assert "there is no file nowhere.hdf5" in error_line(finish(process))
+    """By a user without a home, where D4RL makes a folder as it is imported, on a full disk."""
+    (tmp_path / "sitecustomize.py").write_text("import pwd; pwd.getpwuid = lambda uid: {}[uid]")
+    env = {**os.environ, "HOME": "", "TMPDIR": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    with open("/dev/full", "w") as full:
+        options = [*SMALL, "--dataset_path", "nowhere.hdf5"]
+        result = finish(start_run(tmp_path, *options, env=env, stdout=full))
+    home, error = result.stderr.splitlines()
+    assert home == f"this user has no home directory; HOME is {tmp_path}/home-{os.getuid()}"
+    assert error.startswith("cal_ql.py: error: dataset_path: there is no file nowhere.hdf5")
+    assert not (tmp_path / "~").exists()
 
 
 def test_importing_the_script_starts_nothing(tmp_path: Path) -> None:

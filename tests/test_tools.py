@@ -52,9 +52,9 @@ def test_evaluate_repeats_the_score_that_the_run_recorded(finished_run, run_eval
     [
         ("nowhere", "nowhere"),
         (".", "no checkpoint"),
-        ("other.pt", "other.pt is no whole checkpoint"),
+        ("other.pt", "other.pt is not a valid checkpoint"),
     ]
-    + [("run", "checkpoint_60.pt is no whole checkpoint")]
+    + [("run", "checkpoint_60.pt is not a valid checkpoint")]
     + [("run --episodes 0", "episodes"), ("run --seed -1", "seed")],
 )
 def test_evaluate_names_what_is_wrong_in_one_line(

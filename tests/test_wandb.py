@@ -31,6 +31,7 @@ from helpers import (
     wait_until,
     working_in,
 )
+from runs.directory import RunDirectory
 from runs.log import Wandb
 from wandb_server import KEY
 
@@ -165,6 +166,17 @@ def test_a_wandb_other_than_the_pinned_one_is_named_and_stops_nothing(
     run.send({"step": 1})
     (line,) = capsys.readouterr().out.splitlines()
     assert run.run is None and line.startswith("W&B fails, metrics.jsonl") and "'prompt'" in line
+
+
+def test_wandbs_folder_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = SimpleNamespace(id="x", define_metric=lambda *args, **options: None)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "init", lambda **options: seen.update(options) or started)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_DIR", "~/wandb files")
+    Wandb(RunDirectory(tmp_path / "run", resume=True))
+    assert seen["dir"] == f"{tmp_path}/wandb files"
+    assert (tmp_path / "run" / "wandb_id").read_text() == "x"
 
 
 def test_every_record_arrives_although_the_run_is_killed_and_stopped_while_evaluating(

@@ -1,9 +1,10 @@
 """What the command lines of these tools have in common."""
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
-from runs.errors import InputError
+from runs.errors import InputError, expand_home
 
 
 class Parser(argparse.ArgumentParser):
@@ -11,6 +12,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(description=description.partition("\n")[0], allow_abbrev=False)
+        self.register("type", Path, lambda path: Path(expand_home(path, "path")))
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists the options)")

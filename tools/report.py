@@ -37,7 +37,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
 from runs.errors import InputError, run_program
-from runs.options import read_config_file
+from runs.options import cast_option, read_config_file
 from tools.command_line import Parser
 
 SCORE, SUCCESS, REGRET = "eval/d4rl_normalized_score", "eval/success_rate", "train/regret"
@@ -124,7 +124,9 @@ def method_options(options: dict[str, Any]) -> dict[str, str]:
 
 
 def read_run(directory: Path) -> list[Run]:
-    options = read_config_file(str(directory / "config.yaml"))
+    kinds = cal_ql.Config.__annotations__
+    texts = read_config_file(str(directory / "config.yaml"))
+    options = {k: cast_option(k, v, kinds[k]) if k in kinds else v for k, v in texts.items()}
     lines = (directory / "metrics.jsonl").read_bytes().split(b"\n")[:-1]  # without a torn one
     evaluations, regret = {}, np.nan
     for record in json.loads(b"[" + b",\n".join(lines) + b"]"):  # errors tell the file's line

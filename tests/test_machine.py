@@ -1,0 +1,93 @@
+"""What the machine gives: limits of nested control groups, of both versions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from runs.machine import available_cores, core_limit, memory_limit
+
+GB = 2**30
+NONE_IN_V1 = 9223372036854771712  # what version 1 writes for no limit
+
+# What /proc/self/cgroup says, the files, and the limits in cores and bytes
+TREES = {
+    "no groups": (None, {}, math.inf, math.inf),
+    "a container": (
+        "0::/",
+        {"cpu.max": "150000 100000", "memory.max": f"{2 * GB}"},
+        1.5,
+        2 * GB,
+    ),
+    "no limit": ("0::/", {"cpu.max": "max 100000", "memory.max": "max"}, math.inf, math.inf),
+    "slurm's job around its task": (
+        "0::/slurm/job_1/step_0/user/task_0",
+        {
+            "slurm/job_1/cpu.max": "400000 100000",
+            "slurm/job_1/step_0/cpu.max": "max 100000",
+            "slurm/job_1/memory.max": f"{8 * GB}",
+            "slurm/job_1/step_0/user/task_0/memory.max": "max",
+            "slurm/memory.max": f"{64 * GB}",
+            "slurm/job_2/memory.max": "1",
+        },
+        4,
+        8 * GB,
+    ),
+    "a path of the host's": (
+        "0::/docker/0123",
+        {"cpu.max": "200000 100000", "memory.max": f"{GB}"},
+        2,
+        GB,
+    ),
+    "version 1": (
+        "12:pids:/a\n5:cpu,cpuacct:/slurm/uid_1/job_2/step_0\n3:memory:/slurm/uid_1/job_2\n0::/x",
+        {
+            "cpu,cpuacct/slurm/uid_1/job_2/cpu.cfs_quota_us": "300000",
+            "cpu,cpuacct/slurm/uid_1/job_2/cpu.cfs_period_us": "100000",
+            "cpu,cpuacct/slurm/uid_1/job_2/step_0/cpu.cfs_quota_us": "-1",
+            "cpu,cpuacct/slurm/uid_1/job_2/step_0/cpu.cfs_period_us": "100000",
+            "memory/slurm/uid_1/memory.limit_in_bytes": f"{4 * GB}",
+            "memory/slurm/uid_1/job_2/memory.limit_in_bytes": f"{NONE_IN_V1}",
+            "pids/a/memory.limit_in_bytes": "1",
+        },
+        3,
+        4 * GB,
+    ),
+    "version 1, mounted under another name": (
+        "5:cpuacct,cpu:/job",
+        {"cpu/job/cpu.cfs_quota_us": "50000", "cpu/job/cpu.cfs_period_us": "100000"},
+        0.5,
+        math.inf,
+    ),
+    "version 2 beside version 1": (
+        "3:memory:/\n0::/job",
+        {
+            "unified/job/cpu.max": "100000 100000",
+            "memory/memory.limit_in_bytes": f"{3 * GB}",
+        },
+        1,
+        3 * GB,
+    ),
+    "not as expected": ("text\n0::/a", {"cpu.max": "", "memory.max": "?"}, math.inf, math.inf),
+    "a path that leads out": ("0::/../../job", {"memory.max": f"{GB}"}, math.inf, GB),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_limits_of_the_control_groups_that_a_process_is_in(name: str, tmp_path: Path) -> None:
+    own, files, cores, memory = TREES[name]
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    for place, text in files.items():
+        path = tmp_path / "root" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    assert core_limit(tmp_path / "root", tmp_path / "own") == cores
+    assert memory_limit(tmp_path / "root", tmp_path / "own") == memory
+
+
+def test_less_than_a_core_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runs.machine.core_limit", lambda: 0.3)
+    assert available_cores() == 1
