@@ -33,14 +33,7 @@ from torch import Tensor, nn
 
 import tasks
 from runs import machine
-from runs.directory import (
-    RunDirectory,
-    checkpoint_form,
-    load_checkpoint,
-    model_form,
-    open_directory,
-    saved_on_failure,
-)
+from runs.directory import RunDirectory, load_model, open_directory, run_form, saved_on_failure
 from runs.errors import InputError, RunError, run_program
 from runs.log import Log, MeanMetrics, name_per_critic
 from runs.options import ConfigParser, FilePath, Ranges, identify, may_change, name_run, option
@@ -122,11 +115,6 @@ class Config:
     @property
     def total_steps(self) -> int:
         return self.offline_iterations + self.online_iterations
-
-    @property
-    def online_batch_size(self) -> int:
-        """Online transitions in a batch of the online phase; the rest are offline ones."""
-        return self.batch_size - int(self.batch_size * self.mixing_ratio)
 
 
 # ---------------------------------------------------------------------------- networks
@@ -845,10 +833,11 @@ class Run:
 
     def sample(self, online: bool) -> Batch:
         """A batch of offline data; in the online phase `mixing_ratio` of it, the rest online."""
+        size = self.config.batch_size
         if not online:
-            return self.dataset.sample(self.config.batch_size)
-        n = self.config.online_batch_size
-        batches = self.dataset.sample(self.config.batch_size - n), self.online.sample(n)
+            return self.dataset.sample(size)
+        n_offline = int(size * self.config.mixing_ratio)
+        batches = self.dataset.sample(n_offline), self.online.sample(size - n_offline)
         return Batch(*(torch.cat(columns) for columns in zip(*batches)))
 
     def summary(self) -> str:
@@ -871,12 +860,11 @@ def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> R
     data = task.data_file(config.dataset_path)
     torch.manual_seed(config.seed)
     agent = Agent(task.observation_dim, task.action_dim, config, device)
-    counts = vars(Progress())
-    form = checkpoint_form(agent.state_dict(), agent.optimizer, task.observation_dim, counts)
+    form = run_form(agent.state_dict(), agent.optimizer, task.observation_dim, vars(Progress()))
     saved = directory.load(device, form) if directory else None
     model = saved
     if config.load_model and not saved:
-        model = load_checkpoint(Path(config.load_model), device, model_form(form), "load_model")
+        model = load_model(Path(config.load_model), device, form)
     if model:
         agent.take(model)
     scaling = {k: v.cpu().numpy() for k, v in model["scaling"].items()} if model else {}
@@ -945,7 +933,7 @@ def train(run: Run, log: Log, stop: StopSignals) -> None:
 # What must hold between options, and the same in words.
 RANGES: Ranges = [
     ("discount", lambda x, c: x < 1 or not c.is_sparse_reward, "below 1 for is_sparse_reward"),
-    ("mixing_ratio", lambda _, c: c.online_batch_size or not c.online_iterations, "less"),
+    ("mixing_ratio", lambda x, c: x < 1 or not c.online_iterations, "below 1 to train online"),
     ("cql_clip_diff_max", lambda x, c: x >= c.cql_clip_diff_min, "cql_clip_diff_min or more"),
 ]
 
@@ -995,8 +983,7 @@ def main() -> None:
             run = make_run(config, task, directory)
         machine.keep_freed_memory()
         print(f"{name}: {run.summary()}")
-        phases = config.offline_iterations, config.total_steps
-        log = Log(directory, name, vars(config), *phases, run.progress.step)
+        log = Log(directory, name, vars(config), run.progress.step)
     try:
         with saved_on_failure(directory, run.save):
             train(run, log, stop)
@@ -1008,5 +995,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    code = run_program(main, "cal_ql.py", goes_on=True)
-    os._exit(code)  # at once: a normal exit would wait for W&B's threads
+    os._exit(run_program(main, "cal_ql.py", goes_on=True))  # an exit would wait for W&B's threads

@@ -397,7 +397,7 @@ def check_form(state: Any, form: Any, path: Path, option: str = "") -> None:
         raise InputError(f"{prefix}{path} is not a valid checkpoint ({error})") from None
 
 
-def checkpoint_form(
+def run_form(
     networks: dict[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     observation_dim: int,
@@ -433,9 +433,10 @@ def checkpoint_form(
 MODEL = "format", "step", "config", "scaling", "agent"  # what is needed to play, or to start from
 
 
-def model_form(form: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint must hold of its run's form if only its networks are wanted."""
-    return {key: part if key in MODEL else Maybe(part) for key, part in form.items()}
+def load_model(path: Path, device: torch.device, form: dict[str, Any]) -> dict[str, Any]:
+    """Read the checkpoint for `load_model`; of a run's form it must hold the networks only."""
+    form = {key: part if key in MODEL else Maybe(part) for key, part in form.items()}
+    return load_checkpoint(path, device, form, "load_model")
 
 
 def are_metrics(value: Any) -> bool:

@@ -138,23 +138,17 @@ class Wandb:
 class Log:
     """Writes records to metrics.jsonl and W&B, and draws the progress bar.
 
-    W&B takes `project` and `group` from the run's options `config`. Steps are counted from the
-    start of the offline phase, which has `offline_steps` of them.
+    `config` are all options of the run. Steps are counted from the start of the offline phase.
     """
 
     def __init__(
-        self,
-        directory: Optional[RunDirectory],
-        name: str,
-        config: dict[str, Any],
-        offline_steps: int,
-        total_steps: int,
-        step: int,
+        self, directory: Optional[RunDirectory], name: str, config: dict[str, Any], step: int
     ):
         self.directory = directory
+        self.offline_steps = config["offline_iterations"]
+        total_steps = self.offline_steps + config["online_iterations"]
         where = {"project": config["project"], "group": config["group"]}
         self.wandb = Wandb(directory, name=name, config=config, **where)
-        self.offline_steps = offline_steps
         interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; log files want few lines
         self.bar = tqdm(total=total_steps, initial=step, unit="step", mininterval=interval)
         self.shown: dict[str, str] = {}

@@ -264,8 +264,7 @@ def benchmark(
     first_update = time.perf_counter() - start
     n = max(2, round(1.0 / seconds(update, device, 3)))  # calls a second
     os.environ["WANDB_MODE"] = "offline"
-    phases = config.offline_iterations, config.total_steps
-    log = cal_ql.Log(directory, "benchmark", vars(config), *phases, step=0)
+    log = cal_ql.Log(directory, "benchmark", vars(config), step=0)
     log.bar.disable = True
     needed = flops(config, task.observation_dim, task.action_dim)
     times = measure_loops(run, log, repeats, n)
