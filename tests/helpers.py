@@ -28,6 +28,7 @@ from torch import Tensor
 
 import cal_ql
 from cal_ql import Agent, Batch, Config, Noise
+from runs.errors import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "datasets" / "maze2d-umaze-v1-small.hdf5"
@@ -99,10 +100,7 @@ def call(*args: Any) -> subprocess.CompletedProcess:
         contextlib.redirect_stderr(err),
         kept_signals(),
     ):
-        try:
-            code = cal_ql.main()
-        except SystemExit as end:
-            code = end.code or 0
+        code = run_program(cal_ql.main, "cal_ql.py", goes_on=True)
     for stream in (out, err):
         stream.seek(0)
     return subprocess.CompletedProcess(args, code, out.read(), err.read())

@@ -51,6 +51,7 @@ def start(folder: Path, **env: str) -> subprocess.Popen:
 
 SIGNALLED = """
 import itertools, os, cal_ql
+from runs.errors import run_program
 from tasks.d4rl import D4RL
 step, calls = D4RL.step, itertools.count(1)
 
@@ -60,7 +61,7 @@ def step_or_signal(*args):
     return step(*args)
 
 D4RL.step = step_or_signal
-os._exit(cal_ql.main())
+os._exit(run_program(cal_ql.main, "cal_ql.py", goes_on=True))
 """
 
 
