@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import file_size_limit
 from runs import directory as module
 from runs.directory import Maybe, RunDirectory, check_form, form_of, load_checkpoint
 from runs.errors import DirectoryInUse, InputError, RunError
@@ -149,6 +150,12 @@ def test_a_name_that_no_directory_can_have_is_refused(name: str, tmp_path: Path)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="^checkpoints_path: cannot write there "):
         RunDirectory(tmp_path / name, resume=True)
+
+
+def test_a_full_disk_at_a_start_is_one_line(trained: Path) -> None:
+    with file_size_limit(10), pytest.raises(RunError, match="cannot write in .* File too large"):
+        begun(trained)
+    assert begun(trained).state["step"] == 40
 
 
 # ---------------------------------------------------------------------------- locks

@@ -74,7 +74,10 @@ def test_runs_of_a_sweep_survive_their_agent_and_agents_their_runs(
     sweep = {
         "program": f"{ROOT}/cal_ql.py",
         "method": "grid",
-        "parameters": {"checkpoints_path": {"values": ["runs", ""]}},  # the second is an error
+        "parameters": {
+            "checkpoints_path": {"values": ["runs", ""]},  # the second is an error
+            "eval_workers": {"value": None},
+        },
         "command": ["python", "${program}", *options, "${args}"],
     }
     (tmp_path / "sweep.yaml").write_text(yaml.dump(sweep))
