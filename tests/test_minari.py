@@ -36,6 +36,7 @@ KITCHEN, SUBTASKS = (
     "D4RL/kitchen/mixed-v2",
     ["microwave", "kettle", "bottom burner", "light switch"],
 )
+JUMPS = [7, 12 + 7, 24 + 7]  # where `at_goal_for_a_while` takes the ant away
 ALL = [OPEN, DOOR, CHEETAH, UMAZE, KITCHEN]
 
 
@@ -176,7 +177,10 @@ def test_every_step_is_a_transition_as_minari_reads_it(name, root, make):
     path = make(name).data_file(None)
     dataset = cal_ql.load_dataset(config, make(name), path, torch.device("cpu"), {})
     recorded = minari.MinariDataset(root / name / "data")
-    assert dataset.transitions.tolist() == list(range(recorded.total_steps))
+    left_out = JUMPS if name == UMAZE else []
+    assert dataset.transitions.tolist() == [
+        row for row in range(recorded.total_steps) if row not in left_out
+    ]
     found, row, ends = [column.numpy() for column in dataset.rows], 0, {UMAZE: 1.0, KITCHEN: 4.0}
     for number, episode in enumerate(recorded):
         if name == OPEN:  # the last episode's goal is not what the first step is paid for
@@ -325,10 +329,10 @@ def test_antmaze_needs_no_config_of_its_own(root, tmp_path, monkeypatch):
     ("env", "says"),
     [
         (DOOR, f"found {OPEN}, expected {DOOR}"),
-        (KITCHEN, f"{KITCHEN}: not a whole Minari dataset"),
-        (UMAZE, f"{UMAZE}: not a whole Minari dataset"),
+        (KITCHEN, f"{KITCHEN}: not a valid Minari dataset"),
+        (UMAZE, f"{UMAZE}: cannot read it: No such file .*main_data.hdf5"),
         (CHEETAH, f"dataset_path: found no folder .*{CHEETAH}, expected Minari's root folder"),
-        ("toys/cartpole-v0", "found 'toys/cartpole-v0', expected"),
+        ("toys/cartpole-v0", "has the space Discrete.2., expected a Box of vectors"),
         ("D4RL/dor/human-v2", f"close matches.*: {DOOR}"),
         ("../x-v0", "expected a Minari id such as D4RL/door/human-v2"),
     ],

@@ -218,10 +218,10 @@ def test_an_unknown_id_gives_close_matches(name: str) -> None:
         (POINT.replace("medium", "large"), POINT, "its positions are in walls"),
         (POINT, CUBE, r"qpos has shape \(1001, 21\), the task needs \(N, 2\)"),
         (CUBE, POINT, r"qpos has shape \(1001, 2\), the task needs \(N, 21\)"),
-        (CUBE, "cut short", "not a whole .npz file"),
+        (CUBE, "cut short", "not a valid .npz file"),
         (CUBE, "no qpos", r"qpos has shape \(0,\), the task needs \(N, 21\)"),
-        (SCENE, "no buttons", "not a whole .npz file in OGBench's layout .'button_states'."),
-        (CUBE, "an array", "not a whole .npz file"),
+        (SCENE, "no buttons", "not a valid .npz file in OGBench's layout .it lacks 'button_states'."),
+        (CUBE, "an array", "not a valid .npz file"),
     ],
 )
 def test_bad_files_give_one_line(
