@@ -6,9 +6,9 @@ from typing import Any, BinaryIO, Optional
 
 import numpy as np
 
-from runs.errors import InputError, check_regular, close_matches
+from runs.errors import InputError, close_matches
 from tasks.d4rl import D4RL
-from tasks.files import is_file, is_folder, reading
+from tasks.files import check_file, is_file, is_folder, reading
 from tasks.task import Step, check_rows
 
 
@@ -129,11 +129,10 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def unpickle(path: Path) -> Any:
     """The content of a pickle or .npy file of objects; `InputError` unless it is plain arrays."""
-    with reading(path, "pickle of numpy arrays"):
-        check_regular(path)
-        with open(path, "rb") as file:
-            skip_npy_header(file)
-            return ArrayUnpickler(file).load()
+    check_file(path)
+    with reading(path, "pickle of numpy arrays"), open(path, "rb") as file:
+        skip_npy_header(file)
+        return ArrayUnpickler(file).load()
 
 
 def skip_npy_header(file: BinaryIO) -> None:

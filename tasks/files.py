@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from runs.errors import InputError, check_regular, describe, is_system_error
+from runs.errors import InputError, check_regular, describe, expand_home, is_system_error
 
 
 @contextlib.contextmanager
@@ -42,14 +42,23 @@ def enough_memory(path: Path) -> Iterator[None]:
         raise InputError(f"dataset {path}: {describe(error)}") from None
 
 
-def is_file(path: Path) -> bool:
-    """Whether a file is there; raises `InputError` for a FIFO and what the system refuses."""
+def check_file(path: Path) -> None:
+    """Raise `InputError` unless a regular file is there: opening a FIFO would wait forever."""
     try:
         check_regular(path)
-    except FileNotFoundError:
-        return False
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         raise InputError(f"dataset {path}: cannot open it: {describe(error)}") from None
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; raises `InputError` for a FIFO and for what the system refuses."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        pass  # `check_file` reports it
+    check_file(path)
     return True
 
 
@@ -65,14 +74,7 @@ def is_folder(path: Path) -> bool:
 
 def data_directory(variable: str, default: str) -> Path:
     """The folder that an environment variable names, or else the default; ~ is the user's home."""
-    path = os.environ.get(variable) or default
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise InputError(
-            f"{variable}: found {path}, but this user has no home directory; set HOME, or "
-            f"{variable} to another folder, or name the data with --dataset_path"
-        ) from None
+    return Path(expand_home(os.environ.get(variable) or default, variable))
 
 
 # ---------------------------------------------------------------------------- formats
@@ -80,19 +82,17 @@ def data_directory(variable: str, default: str) -> Path:
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz file. Arrays of objects are refused: unpickling them could run code."""
-    with reading(path, ".npz file"):
-        check_regular(path)
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
+    check_file(path)
+    with reading(path, ".npz file"), np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
 
 
 def read_hdf5(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
     """Those of the arrays `keys` that an HDF5 file has."""
-    with reading(path, "HDF5 file"):
-        check_regular(path)
-        with h5py.File(path, "r") as file:
-            check_self_contained(file, path)
-            return {key: file[key][:] for key in keys if key in file}
+    check_file(path)
+    with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
+        check_self_contained(file, path)
+        return {key: file[key][:] for key in keys if key in file}
 
 
 def check_self_contained(file: h5py.File, path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any, Optional
 import h5py
 import numpy as np
 
-from runs.errors import InputError, check_regular, close_matches
-from tasks.files import check_self_contained, data_directory, is_folder, reading
+from runs.errors import InputError, close_matches
+from tasks.files import check_file, check_self_contained, data_directory, is_folder, reading
 from tasks.gymnasium_task import GymnasiumTask, import_for, making_environment
 from tasks.task import Step, check_rows
 
@@ -169,10 +169,11 @@ def open_dataset(minari: ModuleType, folder: Path, name: str) -> Any:
 
 
 def check_files(data: Path, folder: Path) -> None:
-    """Raise `InputError` or OSError where opening the dataset would hang, need more or run code."""
+    """Raise `InputError` where opening the dataset would hang, need another package or run code."""
     for path in data.rglob("*"):
         if not path.is_dir():
-            check_regular(path)
+            check_file(path)
+    check_file(data / "metadata.json")
     metadata = json.loads((data / "metadata.json").read_bytes())
     missing = {"observation_space", "action_space"} - set(metadata)
     if missing:  # to find them, Minari would make the environment
@@ -180,7 +181,7 @@ def check_files(data: Path, folder: Path) -> None:
     if metadata["data_format"] in ("arrow", "parquet"):
         check_pyarrow(metadata["data_format"], folder)
     if metadata["data_format"] == "hdf5":
-        check_regular(data / "main_data.hdf5")
+        check_file(data / "main_data.hdf5")
         with h5py.File(data / "main_data.hdf5", "r") as file:
             check_self_contained(file, folder)
 

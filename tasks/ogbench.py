@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from runs.errors import InputError, check_regular, close_matches
-from tasks.files import data_directory, download_error, is_file, reading
+from runs.errors import InputError, close_matches
+from tasks.files import check_file, data_directory, download_error, is_file, reading
 from tasks.gymnasium_task import GymnasiumTask, import_for, making_environment, silence
 from tasks.task import check_rows
 
@@ -68,8 +68,8 @@ class OGBench(GymnasiumTask):
         timeout. Actions are clipped just inside the bounds, where the policy has no density.
         """
         kind = ".npz file in OGBench's layout"
+        check_file(path)
         with reading(path, kind), silence():
-            check_regular(path)
             raw = self.ogbench.load_dataset(path, compact_dataset=True, add_info=True)
         self.check_states(raw, path)
         with reading(path, kind), silence():
