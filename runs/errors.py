@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Optional
 
 
 class InputError(Exception):
@@ -122,9 +122,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return bool(is_torchs) or isinstance(error, MemoryError)
 
 
+def system_errno(error: BaseException) -> Optional[int]:
+    """The errno of what the operating system refused; None where a file's content is at fault.
+
+    HDF5 may have it in its message alone. Seeking to where a damaged file points gives EINVAL.
+    """
+    if not isinstance(error, OSError):
+        return None
+    found = re.search(r"errno = (\d+)", str(error))
+    number = error.errno or (int(found[1]) if found else None)
+    return None if number == errno.EINVAL and error.filename is None else number
+
+
 def is_system_error(error: BaseException) -> bool:
     """Whether the operating system refused something, so that a file's content is not to blame."""
-    return is_out_of_memory(error) or (isinstance(error, OSError) and error.errno is not None)
+    return is_out_of_memory(error) or system_errno(error) is not None
 
 
 def describe(error: BaseException) -> str:
@@ -134,9 +146,15 @@ def describe(error: BaseException) -> str:
         return f"there is too little memory ({text})"
     if isinstance(error, RecursionError):
         return f"it is nested too deeply ({text})"
-    remedy = REMEDIES.get(getattr(error, "errno", None))
-    if "unable to lock file" in text:  # HDF5's words
-        remedy = "HDF5_USE_FILE_LOCKING=FALSE does without the lock"
+    if isinstance(error, KeyError):
+        return f"it lacks {text}"
+    number = system_errno(error)
+    remedy = REMEDIES.get(number)
+    if number and "errno = " in text:  # HDF5's words, a paragraph of them
+        if "unable to lock file" in text:
+            remedy = "another process or the file system keeps it from being locked; "
+            remedy += "HDF5_USE_FILE_LOCKING=FALSE does without the lock"
+        text = os.strerror(number)
     return f"{text}; {remedy}" if remedy else text
 
 

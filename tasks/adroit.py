@@ -1,25 +1,25 @@
-"""Binary Adroit, as in the Cal-QL paper, and the restricted unpickler for its published data."""
+"""Binary Adroit, as in the Cal-QL paper, and a restricted unpickler for its published data."""
 
 import pickle
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, BinaryIO, Optional
 
 import numpy as np
 
 from runs.errors import InputError, close_matches
 from tasks.d4rl import D4RL
-from tasks.files import reading
+from tasks.files import check_file, is_file, is_folder, reading
 from tasks.task import Step, check_rows
 
 
 class BinaryAdroit(D4RL):
-    """The paper's Adroit: D4RL's environments at -1 a step and 0 at the goal, where episodes end.
+    """The paper's Adroit: D4RL's environments, paying -1 a step and 0 at the goal, which ends them.
 
-    A dropped pen ends none. Time limits are those of D4RL, and of mj_envs, which these tasks come
-    from: 100 steps for the pen, 200 for the rest. The score is 100 for the goal, else 0.
+    Dropping the pen does not end an episode. Time limits are D4RL's, as in mj_envs, where these
+    tasks come from: 100 steps for the pen, 200 for the rest. The score is 100 at the goal, else 0.
 
-    The data is an HDF5 file, or a folder with the two files that the paper's authors have
-    published: episodes of demonstrators and of a policy cloned from them, with the same rewards.
+    The data is an HDF5 file, or a folder with the two files that the paper's authors published:
+    episodes of demonstrators and of a policy cloned from them, with the same rewards.
     """
 
     HANDS = "pen", "door", "relocate", "hammer"
@@ -31,13 +31,14 @@ class BinaryAdroit(D4RL):
             raise InputError(f"env: there is no binary task {name!r}; close matches: {close}")
         hand = name.removesuffix("-binary-v0")
         super().__init__(f"{hand}-human-v1")
-        self.name, self.failure_reward = name, -1.0
+        self.name = name
+        self.failure_reward = -1.0
         self.files = f"{hand}2_sparse.npy", f"{hand}_bc_sparse4.npy"
 
     def step(self, action: np.ndarray) -> Step:
         observation, _, _, info = self.env.step(action * self.action_scale)
         success = bool(info["goal_achieved"])
-        # There in the last permitted step, but False where D4RL ends the episode for a dropped pen.
+        # gym sets the key in the last permitted step: to False if the pen is dropped in just that
         truncated = "TimeLimit.truncated" in info and not success
         reward = float(success) - 1.0
         return Step(observation.astype(np.float32), reward, success, truncated, success)
@@ -46,18 +47,23 @@ class BinaryAdroit(D4RL):
         return 100.0 * success
 
     def data_file(self, path: Optional[str]) -> Path:
-        """The HDF5 file or the folder at `path`; nothing is downloaded."""
-        if path is not None and Path(path).is_file():
-            return Path(path)
-        absent = [file for file in self.files if not (Path(path or "") / file).is_file()]
-        if path is None or absent:
-            found = "null" if path is None else f"{path}, without {' and '.join(absent)}"
-            raise InputError(
-                f"dataset_path: found {found}, expected a folder with {' and '.join(self.files)} "
-                "(github.com/nakamotoo/Cal-QL links them) or an HDF5 file (tools/make_dataset.py "
-                "makes one for door-binary-v0)"
-            )
-        return Path(path)
+        """The HDF5 file or the folder at `path`. Nothing can be downloaded."""
+        if path is None:
+            raise InputError(f"dataset_path: found null, expected {self.expected_data()}")
+        folder = Path(path)
+        if not is_folder(folder) and is_file(folder):
+            return folder
+        absent = [file for file in self.files if not is_file(folder / file)]
+        if absent:
+            found = f"{path}, without {' and '.join(absent)}"
+            raise InputError(f"dataset_path: found {found}, expected {self.expected_data()}")
+        return folder
+
+    def expected_data(self) -> str:
+        return (
+            f"a folder with {' and '.join(self.files)} (github.com/nakamotoo/Cal-QL links them) or "
+            "an HDF5 file (tools/make_dataset.py makes one for door-binary-v0)"
+        )
 
     def rows(self, path: Path) -> dict[str, np.ndarray]:
         """Every row with a reward of 0 is terminal, as in the authors' code."""
@@ -73,42 +79,45 @@ class BinaryAdroit(D4RL):
 
     def published_rows(self, folder: Path) -> dict[str, np.ndarray]:
         """The episodes of the authors' files that reach the goal."""
-        try:
-            episodes = [up_to_goal(e) for file in self.files for e in unpickle(folder / file)]
-            raw = {key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]}
-        except (LookupError, TypeError, ValueError) as error:
-            raise InputError(
-                f"dataset {folder}: {' and '.join(self.files)} are not the authors' episodes "
-                f"({error!r}); fetch them again"
-            ) from None
-        raw["actions"] = raw["actions"].clip(-1, 1)  # as the environment does
-        # No timeouts: the time limit does not cut demonstrations, which are longer.
-        raw["terminals"] = raw["timeouts"] = np.zeros(len(raw["rewards"]), bool)
+        with reading(folder, f"pair of the authors' files, {' and '.join(self.files)}"):
+            episodes: list[dict[str, np.ndarray]] = []
+            for file in self.files:
+                episodes += map(up_to_goal, unpickle(folder / file))
+            raw = {}
+            for key in episodes[0]:
+                raw[key] = np.concatenate([episode[key] for episode in episodes])
+            raw["actions"] = raw["actions"].clip(-1, 1)  # as the environment does
+            # No timeouts: the time limit does not cut demonstrations, which are longer.
+            raw["terminals"] = np.zeros(len(raw["rewards"]), bool)
+            raw["timeouts"] = raw["terminals"]
         return check_rows(raw, self, folder)
 
 
 def up_to_goal(episode: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The rows of one of the authors' episodes up to its last reward of 0: none, where it has none.
+    """The rows of one of the authors' episodes up to its last reward of 0, or none without one.
 
-    As for their own code, observations may be dicts, and a list of rewards one too long.
+    Their own code, too, takes observations in dicts, and leaves out a last reward without a row.
     """
     rewards = np.ravel(episode["rewards"])[: len(episode["observations"])]
     end = np.flatnonzero(rewards == 0).max(initial=-1) + 1
     rows = {"rewards": rewards[:end]}
     for key in ("observations", "actions", "next_observations"):
-        states = [s["state_observation"] if isinstance(s, dict) else s for s in episode[key]]
-        rows[key] = np.array(states)[:end]
+        values = []
+        for value in episode[key]:
+            values.append(value["state_observation"] if isinstance(value, dict) else value)
+        rows[key] = np.array(values)[:end]
     return rows
 
 
 ARRAY_PARTS = {("numpy", "ndarray"), ("numpy", "dtype")}  # what numpy's arrays are pickled by
 for core in ("numpy.core", "numpy._core"):
-    ARRAY_PARTS |= {(f"{core}.multiarray", "_reconstruct"), (f"{core}.multiarray", "scalar")}
-    ARRAY_PARTS |= {(f"{core}.numeric", "_frombuffer")}
+    ARRAY_PARTS.add((f"{core}.multiarray", "_reconstruct"))
+    ARRAY_PARTS.add((f"{core}.multiarray", "scalar"))
+    ARRAY_PARTS.add((f"{core}.numeric", "_frombuffer"))
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, numbers, text and numpy's arrays; nothing in a file can run code."""
+    """Reads lists, dicts, numbers, text and numpy's arrays. It calls nothing else a file names."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):  # older pickles write an array's bytes as text
@@ -119,12 +128,18 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def unpickle(path: Path) -> Any:
-    """What a pickle, or an .npy file of objects, holds; raises `InputError` for all but arrays."""
+    """The content of a pickle or .npy file of objects; `InputError` unless it is plain arrays."""
+    check_file(path)
     with reading(path, "pickle of numpy arrays"), open(path, "rb") as file:
-        if file.read(6) != b"\x93NUMPY":
-            file.seek(0)
-        elif file.read(2) == b"\1\0":  # the version of a header that a pickle follows
-            np.lib.format.read_array_header_1_0(file)
-        else:
-            np.lib.format.read_array_header_2_0(file)
+        skip_npy_header(file)
         return ArrayUnpickler(file).load()
+
+
+def skip_npy_header(file: BinaryIO) -> None:
+    """Go to the pickle in an .npy file of objects; in a plain pickle, stay at its beginning."""
+    if file.read(6) != b"\x93NUMPY":
+        file.seek(0)
+    elif file.read(2) == b"\1\0":  # the header's version
+        np.lib.format.read_array_header_1_0(file)
+    else:
+        np.lib.format.read_array_header_2_0(file)

@@ -1,17 +1,16 @@
 """D4RL's tasks: mazes, Adroit, locomotion and kitchen."""
 
-import os
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from runs.errors import InputError
 from tasks import d4rl_compat
-from tasks.files import download, download_error, reading
+from tasks.files import data_directory, download, download_error, is_file, read_hdf5
 from tasks.task import Step, Task, check_rows
 
 KEYS = ["observations", "actions", "rewards", "terminals", "next_observations", "timeouts"]
+CELL_SIZES = {"antmaze": 4.0, "maze2d": 1.0}
 
 
 class D4RL(Task):
@@ -28,7 +27,7 @@ class D4RL(Task):
             (self.action_dim,) = self.env.action_space.shape
         except ValueError as error:
             raise InputError(f"env: {error}") from None
-        except Exception as error:  # whatever gym's other environments and their parts raise
+        except Exception as error:  # gym's other environments raise all kinds
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise InputError(
                 f"env: found {name!r}, expected a D4RL task such as antmaze-umaze-v2, with scores "
@@ -40,6 +39,7 @@ class D4RL(Task):
         self.has_goal = not self.is_locomotion and "dense" not in name
         is_sparse = name.startswith(("antmaze", "maze2d")) and self.has_goal
         self.failure_reward = 0.0 if is_sparse else None
+        self.cell_size = CELL_SIZES.get(name.partition("-")[0])
 
     def reset(self, seed: int) -> np.ndarray:
         return d4rl_compat.reset(self.env, seed).astype(np.float32)
@@ -60,31 +60,26 @@ class D4RL(Task):
         url = self.env.dataset_url
         if not url:
             raise InputError(f"env: D4RL has no data for {self.name}; name a file, --dataset_path")
-        directory = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-        file = directory / url.rpartition("/")[2]
-        if not file.is_file():
-            try:
-                download(url, file)
-            except (OSError, ValueError) as error:  # requests' own are OSErrors
-                raise download_error(self.name, url, file, error) from None
+        file = data_directory("D4RL_DATASET_DIR", "~/.d4rl/datasets") / url.rpartition("/")[2]
+        if is_file(file):
+            return file
+        try:
+            download(url, file)
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
+            raise download_error(self.name, url, file, error) from None
         return file
 
     def rows(self, path: Path) -> dict[str, np.ndarray]:
         """The arrays of a file in D4RL's layout."""
-        with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
-            raw = {key: file[key][:] for key in KEYS if key in file}
-        missing = [key for key in KEYS[:4] if key not in raw]
-        if missing:
-            raise InputError(f"dataset {path}: it lacks {', '.join(missing)}, expected {KEYS[:4]}")
-        return check_rows(raw, self, path)
+        return check_rows(read_hdf5(path, KEYS), self, path)
 
 
 class Kitchen(D4RL):
-    """D4RL's kitchen, paid by the rule of its data: the subtasks complete in a state, every step.
+    """D4RL's kitchen with its data's rewards: each step pays the subtasks complete in its state.
 
-    (D4RL's environment pays each subtask once, so that a reward bias would make one state worth
-    less online than offline.) An episode ends where all subtasks hold at once. The score is D4RL's:
-    the share of subtasks that were ever complete; success is all of them.
+    D4RL's environment pays each subtask once. With that, a reward bias would make the same state
+    worth less online than offline. An episode ends when all subtasks are complete at once. The
+    score is D4RL's: the share of subtasks that were ever complete. Success means all of them.
     """
 
     def __init__(self, name: str):

@@ -2,8 +2,8 @@
 
 D4RL imports `mujoco_py`, which needs the retired MuJoCo 2.1 binary, and `mjrl`, which is on no
 package index. Importing this module makes both names importable: the real packages where they
-work, else the small stand-ins below, which answer the part of their interfaces that gym and D4RL
-use. Tasks, rewards, resets and models are D4RL's own.
+work, else the small stand-ins below, with the part of their interfaces that gym and D4RL use.
+Tasks, rewards, resets and models are D4RL's own.
 
     from tasks import d4rl_compat
     env = d4rl_compat.make("antmaze-umaze-v2")
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def _import_mujoco_py() -> types.ModuleType | None:
-    """The real mujoco_py, or None where it does not import, without a word or a trace of it."""
+    """The real mujoco_py, or None if it does not import; then nothing is printed or left behind."""
     text = io.StringIO()
     try:
         with (
@@ -49,9 +49,10 @@ def _import_mujoco_py() -> types.ModuleType | None:
             warnings.simplefilter("ignore")
             import mujoco_py
         return mujoco_py
-    except Exception:  # a bare one, where the MuJoCo 2.1 binary is missing
-        for name in [name for name in sys.modules if name.split(".")[0] == "mujoco_py"]:
-            del sys.modules[name]  # the submodules it had imported before it failed
+    except Exception:  # without the MuJoCo 2.1 binary, it raises a bare Exception
+        for name in list(sys.modules):
+            if name.split(".")[0] == "mujoco_py":
+                del sys.modules[name]  # what it had imported before it failed
         return None
 
 
@@ -59,7 +60,7 @@ _real_mujoco_py = _import_mujoco_py()
 if _real_mujoco_py is None:
     try:
         import mujoco
-    except Exception as error:  # each OpenGL library has errors of its own
+    except Exception as error:  # each OpenGL library raises its own errors
         if "MUJOCO_GL" not in os.environ:
             raise
         found = f"found {os.environ['MUJOCO_GL']!r}, but no such OpenGL loads ({error})"
@@ -86,7 +87,7 @@ class MjModel:
         self.raw = raw
 
     def __getattr__(self, name: str) -> Any:
-        if name == "raw":  # not there yet while being copied or unpickled
+        if name == "raw":  # not set yet while being copied or unpickled
             raise AttributeError(name)
         if name.endswith("_name2id"):
             return functools.partial(self._name2id, name.removesuffix("_name2id"))
@@ -99,7 +100,7 @@ class MjModel:
         return number
 
     @property
-    def _camera_name2id(self) -> dict[str, int]:  # gym's render() looks here
+    def _camera_name2id(self) -> dict[str, int]:  # for gym's render()
         return {self.raw.camera(number).name: number for number in range(self.raw.ncam)}
 
 
@@ -309,8 +310,8 @@ def reset(env: gym.Env, seed: int) -> np.ndarray:
         task = task._wrapped_env
     global_state = np.random.get_state()
     try:
-        # Twice, for mujoco_py's sake: Adroit moves its objects after a first computation of forces,
-        # and from those MuJoCo 2 starts its solver. The second time they have been moved already.
+        # Twice, because of mujoco_py: Adroit moves its objects after a first computation of forces,
+        # and MuJoCo 2 starts its solver from those. In the second reset they have already moved.
         for _ in range(2):
             np.random.seed(seed)  # ant mazes draw their goal from the global generator
             task.np_random, _ = seeding.np_random(int(seed))
@@ -328,11 +329,12 @@ def _import_d4rl() -> tuple[types.ModuleType, types.ModuleType]:
         import gym_notices.notices
 
         gym_notices.notices.notices.clear()  # "Gym has been unmaintained ..."
-    # PyBullet prints from C while it is imported, and its tasks are not MuJoCo's.
+    # Skip PyBullet: it prints from C while it is imported, and its tasks do not use MuJoCo.
     skipped = {"d4rl.gym_bullet", "d4rl.pointmaze_bullet"} - set(sys.modules)
     sys.modules.update(dict.fromkeys(skipped))
     try:
-        with warnings.catch_warnings(), mock.patch.object(os, "makedirs", _try_makedirs):
+        # D4RL makes its folder for data, a literal "~" where no home directory is known.
+        with warnings.catch_warnings(), mock.patch.object(os, "makedirs", _do_nothing):
             warnings.simplefilter("ignore")
             import d4rl
             import gym
@@ -344,18 +346,12 @@ def _import_d4rl() -> tuple[types.ModuleType, types.ModuleType]:
             del sys.modules[name]
     gym.logger.set_level(gym.logger.ERROR)  # its deprecations of what D4RL calls at every reset
     d4rl.offline_env.tqdm = lambda items, **_: items  # "load datafile"
-    d4rl.locomotion.maze_env.print = _no_print  # "Target Goal" at every reset
+    d4rl.locomotion.maze_env.print = _do_nothing  # "Target Goal" at every reset
     return gym, d4rl.locomotion.maze_env
 
 
-def _try_makedirs(*args: Any, makedirs: Any = os.makedirs, **kwargs: Any) -> None:
-    """For D4RL, which makes its folder for data at once: it may be on a disk that is read-only."""
-    with contextlib.suppress(OSError):
-        makedirs(*args, **kwargs)
-
-
 def _update_kitchen() -> None:
-    """Let D4RL's kitchen run on today's Python, NumPy and MuJoCo, and without its messages."""
+    """Let D4RL's kitchen run on today's Python, NumPy and MuJoCo, without its messages."""
     from d4rl.kitchen.adept_envs import mujoco_env
     from d4rl.kitchen.adept_envs.franka.robot import franka_robot
     from d4rl.kitchen.adept_envs.simulation import module
@@ -364,18 +360,18 @@ def _update_kitchen() -> None:
 
     def read_config_from_node(*args: Any) -> Any:
         value = config.read_config_from_node(*args)
-        return value[0] if value.size == 1 else value  # NumPy 2.4: no array becomes a number
+        return value[0] if value.size == 1 else value  # NumPy 2.4 makes no number of an array
 
     class Physics(dm_mujoco.Physics):
         @classmethod
         def from_xml_path(cls, path: str) -> Physics:
             return cls.from_xml_string(_updated_xml(path))
 
-    mujoco_env.collections = collections.abc  # collections.Mapping left in Python 3.10
+    mujoco_env.collections = collections.abc  # collections.Mapping is gone since Python 3.10
     franka_robot.read_config_from_node = read_config_from_node
-    franka_robot.print = franka_robot.cprint = _no_print
+    franka_robot.print = franka_robot.cprint = _do_nothing
     module._DM_MUJOCO_MODULE = types.SimpleNamespace(**{**vars(dm_mujoco), "Physics": Physics})
 
 
-def _no_print(*args: Any, **kwargs: Any) -> None:
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
     pass

@@ -1,4 +1,4 @@
-"""What Minari's and OGBench's tasks share: environments of gymnasium."""
+"""Tasks in gymnasium's environments: what Minari's, OGBench's and tasks of your own share."""
 
 import contextlib
 import importlib
@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -19,7 +19,7 @@ from tasks.task import Step, Task
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Keep what libraries print and warn of from the user; what they raise gets through."""
+    """Hide what libraries print and warn of. What they raise gets through."""
     text = io.StringIO()
     with (
         contextlib.redirect_stdout(text),
@@ -32,7 +32,7 @@ def silence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def making_environment() -> Iterator[None]:
-    """Silence, and no trace of the models that mazes leave in the folder for temporary files."""
+    """Silence, and delete the models that mazes leave in the folder for temporary files."""
     with (
         silence(),
         tempfile.TemporaryDirectory() as folder,
@@ -42,7 +42,7 @@ def making_environment() -> Iterator[None]:
 
 
 def import_for(env: str, *packages: str) -> list[ModuleType]:
-    """Those packages of requirements-gymnasium.txt, which only such a task as `env` needs.
+    """Import gymnasium and these packages, which only tasks like `env` need.
 
     Raises `InputError` where one is missing.
     """
@@ -59,35 +59,53 @@ def import_for(env: str, *packages: str) -> list[ModuleType]:
 
 
 class GymnasiumTask(Task):
-    """A gymnasium environment with a flat observation, actions in a box and a time limit."""
+    """A gymnasium environment with flat observations, actions in a symmetric box and a time limit.
 
-    has_goal = True
-    is_locomotion = False
-    failure_reward: Optional[float] = None
+    Subclasses write `rows`. Raises `InputError` for an environment of another kind. If steps report
+    a goal, as `info["success"]`, the score is 100 for reaching it; set `has_goal` to False where
+    they do not, and the score is the return.
+    """
 
-    def __init__(self, name: str, env: Any):
-        self.name, self.env = name, env
-        self.physics = "mujoco " + importlib.metadata.version("mujoco")
-        (self.observation_dim,) = env.observation_space.shape
-        (self.action_dim,) = env.action_space.shape
+    def __init__(self, name: str, env: Any, simulator: str = "gymnasium"):
+        """`simulator` is the package whose version `physics` tells."""
+        self.name = name
+        self.env = env
+        self.physics = f"{simulator} {importlib.metadata.version(simulator)}"
+        self.observation_dim = flat_size(name, env.observation_space)
+        self.action_dim = flat_size(name, env.action_space)
         self.action_scale: np.ndarray = env.action_space.high
+        if not np.array_equal(env.action_space.low, -self.action_scale):
+            raise InputError(f"env: {name} has actions in {env.action_space}, expected [-a, a]")
+        if env.spec is None or not env.spec.max_episode_steps:
+            raise InputError(f"env: {name} has no time limit, expected max_episode_steps")
         self.max_episode_steps: int = env.spec.max_episode_steps
 
     def reset(self, seed: int) -> np.ndarray:
-        np.random.seed(seed)  # environments draw from three generators: this,
-        self.env.unwrapped.action_space.seed(seed)  # their action space's
-        observation, _ = self.env.reset(seed=seed)  # and their own
+        # Environments draw from three generators: numpy's, their action space's and their own.
+        np.random.seed(seed)
+        self.env.unwrapped.action_space.seed(seed)
+        observation, _ = self.env.reset(seed=seed)
         return observation.astype(np.float32)
 
     def step(self, action: np.ndarray) -> Step:
         played = self.env.step(action * self.action_scale)
         observation, reward, terminal, truncated, info = played
-        truncated = bool(truncated and not terminal)
-        success = bool(info.get("success", False))
         return Step(
-            observation.astype(np.float32), float(reward), bool(terminal), truncated, success
+            observation=observation.astype(np.float32),
+            reward=float(reward),
+            terminal=bool(terminal),
+            truncated=bool(truncated and not terminal),
+            success=bool(info.get("success", False)),
         )
 
     def score(self, episode_return: float, success: bool) -> float:
-        """100 where the episode just played succeeded, else 0."""
-        return 100.0 * success
+        """100 if the episode just played succeeded, else 0; without a goal, its return."""
+        return 100.0 * success if self.has_goal else episode_return
+
+
+def flat_size(name: str, space: Any) -> int:
+    """The length of the vectors in gymnasium's `space`; raises `InputError` for other spaces."""
+    shape = getattr(space, "shape", None)
+    if shape is None or len(shape) != 1:
+        raise InputError(f"env: {name} has the space {space}, expected a Box of vectors")
+    return shape[0]

@@ -1,53 +1,54 @@
 """Minari's datasets and their environments."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Optional
 
+import h5py
 import numpy as np
 
 from runs.errors import InputError, close_matches
-from tasks.adroit import BinaryAdroit
-from tasks.files import reading
+from tasks.files import check_file, check_self_contained, data_directory, is_folder, reading
 from tasks.gymnasium_task import GymnasiumTask, import_for, making_environment
 from tasks.task import Step, check_rows
 
 
 class Minari(GymnasiumTask):
-    """A dataset of Minari, by its id (`D4RL/door/human-v2`), and the environment to evaluate in.
+    """A dataset of Minari, by its id (`D4RL/door/human-v2`), and its environment for evaluation.
 
-    `root` (--dataset_path) is the root folder of Minari's datasets in which it lies; without it,
-    that is $MINARI_DATASETS_PATH, or else Minari's own, and what is not there is downloaded.
+    `root` (--dataset_path) is the root folder of Minari's datasets. Without it, that is
+    $MINARI_DATASETS_PATH or Minari's own; a dataset that is not there is downloaded.
 
-    Dicts of observations are flattened: all keys of the dataset's space, in its order. What data
-    and environment disagree on goes by one rule for both:
+    Dicts of observations are flattened: all keys of the dataset's space, in its order. Where data
+    and environment disagree, one rule holds for both:
 
-    * AntMaze's episodes end at the goal (in the data they go on there); the score is 100 for it.
-      (Minari's reference adds up rewards at the goal. Its evaluation mazes for umaze are mirrored,
-      Minari issue 304, so those are played where they were recorded.)
-    * Kitchen's steps pay the subtasks complete in their state, and episodes end where that is all
-      of the data's subtasks; the score is the share of them that was ever complete.
+    * AntMaze's episodes end at the goal, although the recordings go on there; the score is 100 for
+      reaching it. (Minari's reference adds up rewards at the goal. Its evaluation mazes for umaze
+      are mirrored, Minari issue 304, so those are played in the mazes of the recordings.)
+    * Kitchen's steps pay the subtasks complete in their state. Episodes end when all of the data's
+      subtasks are complete at once; the score is the share of them that was ever complete.
 
-    Else the score is Minari's, times 100; without reference scores 100 for success; and where the
-    environment tells no success, the return.
+    In all other tasks the score is Minari's, times 100. Without reference scores it is 100 for
+    success, and the return if the environment reports no success.
     """
 
     def __init__(self, name: str, root: Optional[str]):
         self.name = name
         *_, minari = import_for(name, "gymnasium_robotics", "minari")
         self.folder = minari_folder(name, root)
-        with reading(self.folder, "Minari dataset"):
-            self.dataset = minari.MinariDataset(self.folder / "data")
-        if self.dataset.id != name:
-            raise InputError(f"dataset {self.folder}: found {self.dataset.id}, expected {name}")
+        self.dataset = open_dataset(minari, self.folder, name)
         try:
             with making_environment():
                 self.start()
-        except Exception as error:  # whatever other environments and their parts raise
+        except InputError:
+            raise
+        except Exception as error:  # other environments raise all kinds
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise InputError(
                 f"env: found {name!r}, expected a Minari dataset with an environment that runs "
@@ -55,28 +56,39 @@ class Minari(GymnasiumTask):
             ) from None
 
     def start(self) -> None:
-        """Make the environment, and play a step to see what it tells."""
-        metadata = self.dataset.storage.metadata
+        """Make the environment, and play a step to see what it reports."""
         is_antmaze = "antmaze" in self.name
         space = self.dataset.observation_space
         self.subtasks = list(space["desired_goal"]) if "kitchen" in self.name else []
         self.end_reward = 1.0 if is_antmaze else float(len(self.subtasks) or np.inf)
-        super().__init__(self.name, self.recover(space))
+        super().__init__(self.name, self.recover(space), simulator="mujoco")
         base = self.env.unwrapped
-        if not (
-            np.array_equal(base.action_space.low, -self.action_scale) and self.max_episode_steps
-        ):
-            raise ValueError(f"found {base.action_space}, {self.max_episode_steps} steps at most")
-        if hasattr(base, "maze") and base.reward_type == "sparse":
-            self.failure_reward = 0.0
+        if hasattr(base, "maze"):
+            self.cell_size = float(base.maze.maze_size_scaling)
+            self.failure_reward = 0.0 if base.reward_type == "sparse" else None
         self.reset(0)
         *_, info = self.env.step(np.zeros(self.action_dim, np.float32))
         self.has_goal = bool(self.subtasks) or "success" in info
         self.is_locomotion = not self.has_goal
-        low, high = (metadata.get(f"ref_{end}_score") for end in ("min", "max"))
-        self.references = None if is_antmaze or None in (low, high) or low == high else (low, high)
+        self.references = None if is_antmaze else self.reference_scores()
         if not (self.references or self.has_goal):
             self.physics += ", scores are returns (the dataset has no reference scores)"
+
+    def reference_scores(self) -> Optional[tuple[float, float]]:
+        """The returns that score 0 and 1, if the dataset has both and they differ."""
+        metadata = self.dataset.storage.metadata
+        scores = []
+        for name in ("ref_min_score", "ref_max_score"):
+            score = metadata.get(name)
+            if score is None:
+                return None
+            if not (isinstance(score, (int, float)) and np.isfinite(score)):
+                raise InputError(
+                    f"dataset {self.folder}: {name}: found {score!r}, expected a number"
+                )
+            scores.append(float(score))
+        low, high = scores
+        return None if low == high else (low, high)
 
     def recover(self, space: Any) -> Any:
         """The dataset's environment for evaluation, with observations flattened as the data's."""
@@ -84,7 +96,8 @@ class Minari(GymnasiumTask):
 
         options: dict[str, Any] = {"eval_env": "antmaze/umaze" not in self.name}
         if self.subtasks:
-            options |= {"tasks_to_complete": self.subtasks, "remove_task_when_completed": False}
+            options["tasks_to_complete"] = self.subtasks
+            options["remove_task_when_completed"] = False
             options["terminate_on_tasks_completed"] = False
         env = self.dataset.recover_environment(disable_env_checker=True, **options)
         flat = spaces.flatten_space(space)
@@ -110,26 +123,112 @@ class Minari(GymnasiumTask):
         return self.folder
 
     def rows(self, path: Path) -> dict[str, np.ndarray]:
-        """The steps of all episodes, each with its next observation, and none left out."""
-        names = "observations next_observations actions rewards terminals truncations".split()
+        """The steps of all episodes, each with its next observation; none is left out."""
+        parts: dict[str, list[np.ndarray]] = {}
         with reading(path, "Minari dataset"):
-            columns = zip(*(self.columns(episode) for episode in self.dataset))
-            raw = {
-                name: np.concatenate(of_all) for name, of_all in zip(names, columns, strict=True)
-            }
+            for episode in self.dataset:
+                for key, values in self.episode_rows(episode).items():
+                    parts.setdefault(key, []).append(values)
+            raw = {key: np.concatenate(values) for key, values in parts.items()}
         rows = check_rows(raw, self, path)
         rows["terminals"] |= rows["rewards"] >= self.end_reward
         return rows
 
-    def columns(self, episode: Any) -> tuple[np.ndarray, ...]:
+    def episode_rows(self, episode: Any) -> dict[str, np.ndarray]:
         """What `rows` returns of an episode of T steps and T + 1 observations."""
-        values, n = episode.observations, len(episode.rewards)
+        values = episode.observations
         if isinstance(values, dict) and isinstance(goals := values.get("desired_goal"), np.ndarray):
-            goals[0] = goals[1]  # PointMaze moves its goal on at an episode's end, after observing
+            goals[0] = goals[1]  # a PointMaze episode begins with the previous episode's goal
         observations = flatten(self.dataset.observation_space, values)
-        last = np.arange(n) == n - 1
-        ends = episode.rewards, episode.terminations, last
-        return observations[:-1], observations[1:], np.asarray(episode.actions), *ends
+        n = len(episode.rewards)
+        return {
+            "observations": observations[:-1],
+            "next_observations": observations[1:],
+            "actions": np.asarray(episode.actions),
+            "rewards": episode.rewards,
+            "terminals": episode.terminations,
+            "truncations": np.arange(n) == n - 1,
+        }
+
+
+def open_dataset(minari: ModuleType, folder: Path, name: str) -> Any:
+    """The dataset in `folder`, whose environments may be made: nothing it names has run yet.
+
+    Raises `InputError` for what is no dataset of that id, and for what needs more packages.
+    """
+    data = folder / "data"
+    with reading(folder, "Minari dataset"):
+        check_files(data, folder)
+        dataset = minari.MinariDataset(data)
+    for spec in (dataset.env_spec, dataset._eval_env_spec):
+        if spec is not None:
+            check_environment(spec, folder)
+    if dataset.id != name:
+        raise InputError(f"dataset {folder}: found {dataset.id}, expected {name}")
+    return dataset
+
+
+def check_files(data: Path, folder: Path) -> None:
+    """Raise `InputError` where opening the dataset would hang, need another package or run code."""
+    for path in data.rglob("*"):
+        if not path.is_dir():
+            check_file(path)
+    check_file(data / "metadata.json")
+    metadata = json.loads((data / "metadata.json").read_bytes())
+    missing = {"observation_space", "action_space"} - set(metadata)
+    if missing:  # to find them, Minari would make the environment
+        raise InputError(f"dataset {folder}: its metadata lack {' and '.join(sorted(missing))}")
+    if metadata["data_format"] in ("arrow", "parquet"):
+        check_pyarrow(metadata["data_format"], folder)
+    if metadata["data_format"] == "hdf5":
+        check_file(data / "main_data.hdf5")
+        with h5py.File(data / "main_data.hdf5", "r") as file:
+            check_self_contained(file, folder)
+
+
+def check_environment(spec: Any, folder: Path) -> None:
+    """Raise `InputError` unless gymnasium knows the environment, entry point and wrappers.
+
+    gymnasium imports and calls whatever a specification names. The arguments may be the dataset's.
+    """
+    import gymnasium
+
+    registered = gymnasium.registry.get(spec.id)
+    if registered is None:
+        raise InputError(
+            f"dataset {folder}: its environment {spec.id!r} is not registered with gymnasium here; "
+            "only gymnasium's and gymnasium-robotics' own are made: a dataset must run no code"
+        )
+    found = entry_points(spec)
+    expected = entry_points(registered)
+    if found != expected:
+        raise InputError(
+            f"dataset {folder}: {spec.id} is made by {found}, expected {expected} as registered "
+            "with gymnasium: a dataset must run no code"
+        )
+
+
+def entry_points(spec: Any) -> list[Any]:
+    """All that gymnasium calls to make the environment: its own entry point and its wrappers'."""
+    return [spec.entry_point, *(wrapper.entry_point for wrapper in spec.additional_wrappers)]
+
+
+def check_pyarrow(data_format: str, folder: Path) -> None:
+    """Raise `InputError` where pyarrow is missing, or so old that its files can run code."""
+    from packaging.version import Version
+
+    try:
+        import pyarrow
+    except ImportError:
+        raise InputError(
+            f"dataset {folder}: it is in {data_format} format, which needs pyarrow; install it by "
+            "`pip install pyarrow`"
+        ) from None
+    if Version(pyarrow.__version__) < Version("14.0.1"):
+        raise InputError(
+            f"dataset {folder}: found pyarrow {pyarrow.__version__}, whose files can run code "
+            "(CVE-2023-47248), expected 14.0.1 or newer; `pip install -U pyarrow`"
+        )
 
 
 def flatten(space: Any, values: Any) -> np.ndarray:
@@ -145,8 +244,9 @@ MINARI_DATA = {
     "D4RL/pointmaze/{}-dense-v2": "open umaze medium large",
     "D4RL/kitchen/{}-v2": "complete mixed partial",
 }
-MINARI_DATA |= {f"D4RL/{hand}/{{}}-v2": "human cloned expert" for hand in BinaryAdroit.HANDS}
-for body in "ant", "halfcheetah", "hopper", "walker2d":
+for hand in ("door", "hammer", "pen", "relocate"):
+    MINARI_DATA[f"D4RL/{hand}/{{}}-v2"] = "human cloned expert"
+for body in ("ant", "halfcheetah", "hopper", "walker2d"):
     MINARI_DATA[f"mujoco/{body}/{{}}-v0"] = "simple medium expert"
 
 MINARI_DOWNLOAD = """
@@ -162,9 +262,9 @@ except Exception as error:
 
 
 def minari_folder(name: str, root: Optional[str]) -> Path:
-    """Where that dataset lies in `root`, or in Minari's own store, downloaded where it is not.
+    """The dataset's folder in `root`, or in Minari's own store, where it is downloaded if missing.
 
-    Raises `InputError` where it is not to be had, with the ids that are close to `name`.
+    Raises `InputError` where it cannot be had, with the ids that are close to `name`.
     """
     published = [form.format(data) for form, names in MINARI_DATA.items() for data in names.split()]
     close = close_matches(name, published)
@@ -173,9 +273,9 @@ def minari_folder(name: str, root: Optional[str]) -> Path:
         raise InputError(
             f"env: found {name!r}, expected a Minari id such as D4RL/door/human-v2{hint}"
         )
-    store = root or os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets"
-    folder = Path(store, name).expanduser()
-    if (folder / "data").exists():
+    store = Path(root) if root else data_directory("MINARI_DATASETS_PATH", "~/.minari/datasets")
+    folder = store / name
+    if is_folder(folder / "data"):
         return folder
     if root:
         raise InputError(
@@ -183,7 +283,7 @@ def minari_folder(name: str, root: Optional[str]) -> Path:
             f"it; without dataset_path the dataset is downloaded to $MINARI_DATASETS_PATH{hint}"
         )
     try:
-        download_from_minari(name, Path(store).expanduser())
+        download_from_minari(name, store)
     except OSError as error:
         raise InputError(
             f"env: cannot download {name} to {folder} ({error}); download it elsewhere and put it "
@@ -193,9 +293,9 @@ def minari_folder(name: str, root: Optional[str]) -> Path:
 
 
 def download_from_minari(name: str, root: Path) -> None:
-    """Put the dataset of that id into `root` when it is whole; raises OSError.
+    """Put the dataset of that id into `root` once it is complete; raises OSError.
 
-    By a process of its own, since Hugging Face's threads would outlast a signal.
+    In a separate process, since Hugging Face's threads would outlast a signal.
     """
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as part:

@@ -6,6 +6,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from runs.errors import InputError
+from tasks.files import enough_memory, is_file
 
 
 class Step(NamedTuple):
@@ -19,17 +20,29 @@ class Step(NamedTuple):
 
 
 class Task:
-    """An environment with actions in [-1, 1], and the rows of its data. D4RL's is one kind of it.
+    """An environment with actions in [-1, 1], and the rows of its data.
 
     Episodes are seeded one by one: the same seed and actions give the same episode, in any process
-    and whatever ran before. To add a benchmark:
+    and whatever ran before.
 
-    1. Write `tasks/<family>.py` with a subclass. Set the attributes below in `__init__`. An
-       environment of gymnasium can start from `tasks.gymnasium_task.GymnasiumTask`.
-    2. Write `reset`, `step`, `score` and `rows`; `rows` ends with `check_rows`, which casts, scales
-       and checks the arrays. Data that is downloaded needs `published_file` too.
-    3. Name the family in `tasks.make`, by the form of its ids.
-    4. Raise `InputError` for wrong input, in one line: what was found and what was expected.
+    To add a benchmark:
+
+    1. Write `tasks/<family>.py` with a subclass. If the environment is gymnasium's, start from
+       `tasks.gymnasium_task.GymnasiumTask`, which leaves only `rows` to write:
+
+           class Pusher(GymnasiumTask):
+               def __init__(self, name):
+                   super().__init__(name, gymnasium.make("Pusher-v5"))
+
+               def rows(self, path):
+                   return check_rows(read_npz(path), self, path)
+
+    2. Otherwise set the attributes below in `__init__`, and write `reset`, `step`, `score`, `rows`.
+    3. End `rows` with `check_rows`: it casts, scales and checks the arrays. `tasks.files` reads
+       files, so that a damaged one gives one line. Do not unpickle: a dataset must run no code.
+    4. If the data can be downloaded, write `published_file` too.
+    5. Name the family in `tasks.make`, by the form of its ids.
+    6. Raise `InputError` for wrong input, in one line: what was found and what was expected.
 
     Attributes:
         name: the id.
@@ -40,6 +53,8 @@ class Task:
             in tasks with dense rewards.
         has_goal: whether an episode can succeed.
         is_locomotion: whether `normalize_reward` applies.
+        cell_size: in mazes whose observations begin with x and y, the side of a cell; see
+            `find_jumps`. None elsewhere.
         physics: the simulator, in a phrase.
     """
 
@@ -51,6 +66,7 @@ class Task:
     failure_reward: Optional[float] = None
     has_goal: bool = True
     is_locomotion: bool = False
+    cell_size: Optional[float] = None
     physics: str
 
     def reset(self, seed: int) -> np.ndarray:
@@ -70,7 +86,8 @@ class Task:
 
         Returns observations [N, S], actions [N, A] in [-1, 1] and rewards [N] in float32,
         terminals [N] in bool; where the data has them, next_observations [N, S] and timeouts [N],
-        or, in Minari's, truncations [N] (see `episode_ends`).
+        or, in Minari's, truncations [N]; jumps [N] where there are any. `episode_ends` says what
+        they mean.
         """
         raise NotImplementedError
 
@@ -78,7 +95,7 @@ class Task:
         """The dataset at `path`, or else the published one."""
         if path is None:
             return self.published_file()
-        if not Path(path).is_file():
+        if not is_file(Path(path)):
             raise InputError(
                 f"dataset_path: there is no file {path}; make one with "
                 f"`python tools/make_dataset.py {self.name}`"
@@ -90,22 +107,54 @@ class Task:
         raise InputError(f"env: no data is published for {self.name}; name a file, --dataset_path")
 
 
+NEEDED = ["observations", "actions", "rewards", "terminals"]
+COLUMNS = [*NEEDED, "next_observations", "timeouts", "truncations"]
 ENDS = "terminals", "timeouts", "truncations"
 
 
 def check_rows(raw: dict[str, np.ndarray], task: Task, path: Path) -> dict[str, np.ndarray]:
-    """The arrays in their types and shapes, actions scaled into [-1, 1], for `Task.rows`."""
+    """Cast, scale and check the arrays of a dataset; returns what `Task.rows` must return.
+
+    Needs observations, actions, rewards and terminals; arrays of other names are left out. Prints a
+    line for rows that jump (see `find_jumps`). Raises `InputError` for what is wrong, in one line.
+    """
+    with enough_memory(path):
+        rows = cast_rows(raw, task, path)
+        rows["actions"] /= task.action_scale
+        largest = np.abs(rows["actions"]).max()
+        if largest > 1 + 1e-6:
+            raise InputError(
+                f"dataset {path}: actions reach {digits_beyond_1(largest)}, expected [-1, 1]; "
+                "scale or clip them"
+            )
+        jumps = find_jumps(rows, task)
+    if jumps.any():
+        print(
+            f"dataset {path}: {jumps.sum():,} of {len(jumps):,} rows jump farther than a step of "
+            f"{task.name} can reach (ends of episodes without a flag); they are no transitions"
+        )
+        rows["jumps"] = jumps
+    return rows
+
+
+def cast_rows(raw: dict[str, np.ndarray], task: Task, path: Path) -> dict[str, np.ndarray]:
+    """The arrays in their types and shapes, for `check_rows`."""
 
     def expect(holds: bool, problem: str) -> None:
         if not holds:
             raise InputError(f"dataset {path}: {problem}")
 
+    missing = [key for key in NEEDED if key not in raw]
+    expect(not missing, f"it lacks {', '.join(missing)}, expected {NEEDED}")
     n = len(raw["rewards"]) if raw["rewards"].ndim else 0
     expect(n > 1, f"it has {n} rows, expected at least 2")
     shapes = {"observations": (n, task.observation_dim), "actions": (n, task.action_dim)}
     shapes["next_observations"] = shapes["observations"]
     rows = {}
-    for key, values in raw.items():
+    for key in COLUMNS:
+        if key not in raw:
+            continue
+        values = raw[key]
         shape = shapes.get(key, (n,))
         if values.shape == (n, 1) and shape == (n,):
             values = values[:, 0]
@@ -115,10 +164,38 @@ def check_rows(raw: dict[str, np.ndarray], task: Task, path: Path) -> dict[str, 
             rows[key] = values.astype(bool if key in ENDS else np.float32)
         finite = np.isfinite(values).all() and np.isfinite(rows[key]).all()
         expect(finite, f"{key} holds NaN, infinite values or such as float32 cannot hold")
-    rows["actions"] /= task.action_scale
-    largest = np.abs(rows["actions"]).max()
-    expect(largest <= 1 + 1e-6, f"actions reach {largest:.4g}, expected [-1, 1]; scale or clip it")
     return rows
+
+
+def digits_beyond_1(value: float) -> str:
+    """The number with as many digits as show that it is more than 1."""
+    for digits in range(4, 10):
+        text = f"{value:.{digits}g}"
+        if float(text) > 1:
+            break
+    return text
+
+
+def find_jumps(rows: dict[str, np.ndarray], task: Task) -> np.ndarray:
+    """Rows that no flag ends but from which the agent jumps, [N] bool; only mazes have any.
+
+    D4RL's AntMaze v0 sets its time-limit flags a few rows late, so that rows between lead from one
+    episode into the next, through walls. A jump is a move of x and y by more than half a cell and
+    more than ten times the median move. Measured steps are far shorter: at most 0.35 of a cell's 4
+    units by D4RL's ant, walking, and 0.074 of 1 by its point at full speed.
+    """
+    if task.cell_size is None:
+        return np.zeros(len(rows["rewards"]), bool)
+    places = rows["observations"][:, :2]
+    if "next_observations" in rows:
+        next_places = rows["next_observations"][:, :2]
+    else:
+        next_places = np.append(places[1:], places[-1:], 0)
+    with np.errstate(over="ignore"):
+        moves = np.linalg.norm(next_places - places, axis=1)
+    ends, cut = episode_ends(rows, task.max_episode_steps)
+    has_no_next = cut | rows["terminals"] if "next_observations" in rows else ends
+    return (moves > max(task.cell_size / 2, 10 * np.median(moves))) & ~has_no_next
 
 
 def episode_ends(
@@ -126,27 +203,29 @@ def episode_ends(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which rows are the last of their episode, and which of them are cut: [N] bool each.
 
-    A cut row is no transition, since a time limit, or the file's end, keeps what came next from it.
+    A cut row is no transition: its next observation is not in the data.
 
     An episode ends at a terminal, at a timeout, where the next observation is not the following
-    row's observation, and with the file. Where the file has no timeouts, the length limit stands
-    for them. (Where it has, an episode may hold one row more than the limit, as in D4RL's AntMaze.)
-    A row that is terminal and timeout is terminal. Rows with `truncations` instead have the next
-    observations of those ends too, so that none is cut.
+    row's observation, at a jump, and with the file. Where the file has no timeouts, the length
+    limit stands for them. (Where it has, an episode may hold one row more than the limit, as in
+    D4RL's AntMaze.) Timeouts, jumps and the file's last row are cut, unless they are terminal.
+    Rows with `truncations` have the next observations of those ends too, so only jumps are cut.
     """
-    number = np.arange(len(rows["rewards"]))
-    ends = rows["terminals"].copy()
+    n = len(rows["rewards"])
+    jumps = rows.get("jumps", np.zeros(n, bool))
+    ends = rows["terminals"] | jumps
     if "truncations" in rows:
-        return ends | rows["truncations"], np.zeros(len(ends), bool)
+        return ends | rows["truncations"], jumps & ~rows["terminals"]
     if "next_observations" in rows:
-        jumps = rows["observations"][1:] - rows["next_observations"][:-1]
+        changes = rows["observations"][1:] - rows["next_observations"][:-1]
         with np.errstate(over="ignore"):
-            ends[:-1] |= np.linalg.norm(jumps, axis=1) > 1e-6
+            ends[:-1] |= np.linalg.norm(changes, axis=1) > 1e-6
+    number = np.arange(n)
     starts = np.maximum.accumulate(np.where(np.r_[True, ends[:-1]], number, 0))
     truncated = rows.get("timeouts", (number - starts + 1) % max_episode_steps == 0)
     ends |= truncated
     ends[-1] = True
-    cut = truncated.copy()
+    cut = truncated | jumps
     cut[-1] = True
     return ends, cut & ~rows["terminals"]
 

@@ -178,7 +178,7 @@ BAD_OPTIONS = {
     "--normalize yes": "normalize: found 'yes', expected true or false",
     "--checkpoints_path data.hdf5/runs": "data.hdf5/runs",
     "--dataset_path nowhere.hdf5": "dataset_path: there is no file nowhere.hdf5",
-    "--dataset_path text": "dataset text: not a whole HDF5 file",
+    "--dataset_path text": "dataset text: not a valid HDF5 file",
     "--env antmaze-umase-v2": "close matches: antmaze-umaze-v2",
     "--name ../../x": "name",
     "--device mps": "device",

@@ -336,7 +336,9 @@ def test_an_installed_mujoco_py_is_used_where_it_works_and_leaves_no_trace_elsew
     (tmp_path / "mujoco_py" / "__init__.py").write_text(code)
     (tmp_path / "mujoco_py" / "parts.py").write_text("")
     report = """
-    import sys, d4rl_compat, mujoco_py
+    import sys
+    from tasks import d4rl_compat
+    import mujoco_py
     print(d4rl_compat.PHYSICS, hasattr(mujoco_py, "parts"), "mujoco_py.parts" in sys.modules)
     """
     done = run_python(report, PYTHONPATH=str(tmp_path))

@@ -18,6 +18,7 @@ from helpers import QUICKSTART
 from runs.errors import InputError
 from tasks import episode_ends
 from tasks.d4rl import D4RL as Task
+from tasks.task import NEEDED
 
 LIMIT, S, A = 5, 3, 2
 
@@ -302,6 +303,126 @@ def test_what_float32_cannot_train_on_is_refused(path, change, options, name):
         load(path, raw, **options)
 
 
+# ---------------------------------------------------------------------------- jumps
+
+
+class SmallMaze(SmallTask):
+    """Cells of 1, of which a step crosses a tenth at most."""
+
+    name, cell_size = "a maze", 1.0
+
+
+def walks(random, lengths) -> list[np.ndarray]:
+    """States (x, y, z) of episodes that begin in other cells than the last has ended in."""
+    place = np.zeros(2)
+    found = []
+    for length in lengths:
+        place = place + random.choice([-1, 1], 2) * random.uniform(1.0, 8.0, 2)
+        steps = random.uniform(-0.07, 0.07, (length + 1, 2))
+        states = np.hstack([place + np.cumsum(steps, 0), random.normal(size=(length + 1, 1))])
+        place = states[-1, :2]
+        found.append(states.astype(np.float32))
+    return found
+
+
+def maze_rows(seed, lengths, late, columns=("timeouts",)):
+    """Rows of such episodes, whose timeouts are flagged `late` rows too late."""
+    random = np.random.default_rng(seed)
+    states = walks(random, lengths)
+    n = sum(lengths)
+    last = np.cumsum(lengths) - 1
+    raw = record([(n, "cut")], columns=columns, seed=seed)
+    raw["observations"] = np.concatenate([s[:-1] for s in states])
+    raw["next_observations"] = np.concatenate([s[1:] for s in states])
+    raw["timeouts"] = np.isin(np.arange(n), last[:-1] + late)
+    return {key: raw[key] for key in (*columns, *NEEDED)}, last
+
+
+LENGTHS = st.lists(st.integers(6, 20), min_size=2, max_size=5)
+
+
+@given(st.integers(0, 1000), LENGTHS, st.integers(1, 4))
+def test_jumps_before_late_flags_are_no_transitions(path, seed, lengths, late):
+    raw, last = maze_rows(seed, lengths, late)
+    found = load(path, raw, SmallMaze(max_episode_steps=1000))
+    cut = {*last, *(last[:-1] + late)}  # the jumps, the file's end, and where the flags say so
+    assert found.transitions.tolist() == [row for row in range(sum(lengths)) if row not in cut]
+    assert found.n_episodes == len(cut)
+    batch = transitions(found)
+    moves = np.linalg.norm(batch.next_observations[:, :2] - batch.observations[:, :2], axis=1)
+    assert moves.max() < 0.11
+
+
+@given(st.integers(0, 1000), LENGTHS, st.sampled_from(COLUMNS))
+def test_good_mazes_have_the_same_transitions_as_before(path, seed, lengths, columns):
+    raw, _ = maze_rows(seed, lengths, 0, columns)
+    options = dict(max_episode_steps=1000 if "timeouts" in columns else max(lengths))
+    if len(set(lengths)) > 1 and not columns:
+        lengths = [lengths[0]] * len(lengths)  # else no file without flags would be good
+        raw, _ = maze_rows(seed, lengths, 0, columns)
+        options["max_episode_steps"] = lengths[0]
+    found = load(path, raw, SmallMaze(**options))
+    expected = load(path, raw, SmallTask(**options))
+    assert "jumps" not in SmallMaze(**options).rows(path)
+    for one, other in zip(found.rows, expected.rows):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(found.transitions, expected.transitions)
+    assert found.n_episodes == expected.n_episodes
+
+
+def test_jumps_are_counted_in_one_line(path, capsys):
+    raw, _ = maze_rows(0, [10, 12, 9], 3)
+    load(path, raw, SmallMaze(max_episode_steps=1000))
+    line = f"dataset {path}: 2 of 31 rows jump farther than a step of a maze can reach"
+    assert capsys.readouterr().out.startswith(line)
+    raw, _ = maze_rows(0, [10, 12, 9], 0)
+    load(path, raw, SmallMaze(max_episode_steps=1000))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_recorded_jump_is_no_transition(path):
+    """The next observation is in the file, but of the next episode."""
+    raw, last = maze_rows(0, [10, 12, 9], 3, ("next_observations", "timeouts"))
+    raw["next_observations"][:-1] = raw["observations"][1:]
+    found = load(path, raw, SmallMaze(max_episode_steps=1000))
+    assert not {*last[:-1]} & {*found.transitions.tolist()}
+    raw["terminals"][last[0]] = True  # which needs no next observation
+    assert last[0] in load(path, raw, SmallMaze(max_episode_steps=1000)).transitions
+
+
+def test_positions_that_are_none_do_not_jump(path):
+    """Random numbers in place of recordings, as benchmarks use."""
+    raw = record([(4000, "cut")])
+    assert "jumps" not in load_rows(path, raw)
+
+
+def load_rows(path, raw):
+    write(path, raw)
+    return SmallMaze(max_episode_steps=1000).rows(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [("antmaze-umaze-v2", 4.0), ("antmaze-large-diverse-v0", 4.0), ("maze2d-umaze-dense-v1", 1.0)],
+)
+def test_steps_of_d4rls_mazes_are_far_shorter_than_what_counts_as_a_jump(name, cell):
+    """The ant is thrown as hard as its motors can, the point is at its highest speed."""
+    task = tasks.make(name)
+    assert task.cell_size == cell
+    place = task.reset(0)[:2]
+    moves = []
+    for step in range(300):
+        action = np.sign(np.sin(0.9 * step + np.arange(task.action_dim)))
+        observation = task.step(action.astype(np.float32)).observation
+        moves.append(np.linalg.norm(observation[:2] - place))
+        place = observation[:2]
+    assert 0.01 < max(moves) < cell / 10
+
+
+def test_no_row_of_the_shipped_file_jumps(maze):
+    assert "jumps" not in maze.rows(QUICKSTART)
+
+
 # ---------------------------------------------------------------------------- scaling
 
 
@@ -387,8 +508,10 @@ BAD_FILES = {  # columns instead of the good file's; None leaves one out
     "rewards holds NaN, infinite values or such as float32 cannot": with_entry("rewards", 1e39),
     "next_observations holds NaN": with_entry("next_observations", math.nan),
     "actions reach 1.25, expected [-1, 1]": with_entry("actions", 1.25),
+    "actions reach 1.0001, expected [-1, 1]": with_entry("actions", 1.0001),
+    "actions reach 1.00001, expected [-1, 1]": with_entry("actions", -1.00001),
     "actions reach 1.01, expected [-1, 1]": with_entry("actions", -1.01),
-    "not a whole HDF5 file": {"rewards": np.float64(1.0)},
+    "not a valid HDF5 file": {"rewards": np.float64(1.0)},
 }
 
 
@@ -418,7 +541,7 @@ def test_the_good_file_is_good(path):
 def test_too_little_memory_is_no_broken_file(path, monkeypatch):
     write(path, good())
     monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda *_: np.empty(2**50))
-    check_refusal(path, "too little memory to read it")
+    check_refusal(path, "too little memory")
 
 
 @given(st.floats(0, 1, exclude_max=True, allow_subnormal=False), st.sampled_from([None, "gzip"]))
@@ -429,7 +552,7 @@ def test_a_file_cut_short_is_refused(path, share, compression):
             file.create_dataset(name, data=column, compression=compression)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    check_refusal(path, "not a whole HDF5 file")
+    check_refusal(path, "not a valid HDF5 file")
 
 
 def test_the_buffer_must_hold_the_dataset(path):

@@ -6,15 +6,12 @@ expected comes from Minari's and gymnasium's own readers.
 
 from __future__ import annotations
 
-import hashlib
-import multiprocessing
 import os
 import re
 import shutil
 import signal
 import socket
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +22,7 @@ import torch
 
 import cal_ql
 import tasks
+from episodes import check_episodes
 from helpers import ROOT, call, error_line, finish, killed_at, resumed_like_left_alone, start_run
 
 gymnasium, minari = pytest.importorskip("gymnasium"), pytest.importorskip("minari")
@@ -36,6 +34,7 @@ KITCHEN, SUBTASKS = (
     "D4RL/kitchen/mixed-v2",
     ["microwave", "kettle", "bottom burner", "light switch"],
 )
+JUMPS = [7, 12 + 7, 24 + 7]  # where `at_goal_for_a_while` takes the ant away
 ALL = [OPEN, DOOR, CHEETAH, UMAZE, KITCHEN]
 
 
@@ -176,7 +175,10 @@ def test_every_step_is_a_transition_as_minari_reads_it(name, root, make):
     path = make(name).data_file(None)
     dataset = cal_ql.load_dataset(config, make(name), path, torch.device("cpu"), {})
     recorded = minari.MinariDataset(root / name / "data")
-    assert dataset.transitions.tolist() == list(range(recorded.total_steps))
+    left_out = JUMPS if name == UMAZE else []
+    assert dataset.transitions.tolist() == [
+        row for row in range(recorded.total_steps) if row not in left_out
+    ]
     found, row, ends = [column.numpy() for column in dataset.rows], 0, {UMAZE: 1.0, KITCHEN: 4.0}
     for number, episode in enumerate(recorded):
         if name == OPEN:  # the last episode's goal is not what the first step is paid for
@@ -223,28 +225,8 @@ def test_recorded_actions_give_recorded_rewards_and_ends(name, root, make):
             row += 1
 
 
-def digests(root: Path, names: list[str], seeds: list[int]) -> dict[tuple[str, int], set[str]]:
-    """Of the episodes of these tasks and seeds, played one after the other."""
-    found: dict[tuple[str, int], set[str]] = {}
-    for name in names:
-        task = tasks.make(name, str(root))
-        for seed in seeds:
-            rng, digest = np.random.default_rng(seed), hashlib.sha256(task.reset(seed).tobytes())
-            for _ in range(30):
-                action = rng.uniform(-1, 1, task.action_dim).astype(np.float32)
-                observation, *rest = task.step(action)
-                digest.update(observation.tobytes() + repr(rest).encode())
-            found.setdefault((name, seed), set()).add(digest.hexdigest())
-    return found
-
-
 def test_an_episode_is_a_function_of_seed_and_actions(root):
-    """In any order, and in another process."""
-    found = digests(root, ALL, [1, 2, 1, 3, 2])
-    assert all(len(of_one) == 1 for of_one in found.values())
-    assert len(set.union(*found.values())) == 3 * len(ALL)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(digests, root, ALL, [3, 2, 1]).result() == found
+    check_episodes(ALL, root)
 
 
 def test_environments_are_those_to_evaluate_in(make):
@@ -325,10 +307,10 @@ def test_antmaze_needs_no_config_of_its_own(root, tmp_path, monkeypatch):
     ("env", "says"),
     [
         (DOOR, f"found {OPEN}, expected {DOOR}"),
-        (KITCHEN, f"{KITCHEN}: not a whole Minari dataset"),
-        (UMAZE, f"{UMAZE}: not a whole Minari dataset"),
+        (KITCHEN, f"{KITCHEN}: not a valid Minari dataset"),
+        (UMAZE, f"{UMAZE}/data/main_data.hdf5: cannot open it: .*No such file"),
         (CHEETAH, f"dataset_path: found no folder .*{CHEETAH}, expected Minari's root folder"),
-        ("toys/cartpole-v0", "found 'toys/cartpole-v0', expected"),
+        ("toys/cartpole-v0", "has the space Discrete.2., expected a Box of vectors"),
         ("D4RL/dor/human-v2", f"close matches.*: {DOOR}"),
         ("../x-v0", "expected a Minari id such as D4RL/door/human-v2"),
     ],

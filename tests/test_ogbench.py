@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import http.server
-import multiprocessing
 import subprocess
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ import yaml
 
 import cal_ql
 import tasks
+from episodes import check_episodes
 from helpers import ROOT, killed_at, resumed_like_left_alone
 from runs.errors import InputError
 from tools import make_dataset
@@ -67,25 +66,8 @@ def files(made: dict[str, tasks.Task], tmp_path_factory: pytest.TempPathFactory)
 # ---------------------------------------------------------------------------- episodes
 
 
-def play(name: str, seeds: list[int]) -> dict[int, list]:
-    """What episodes of one environment show, and the simulator's hidden state at their start."""
-    task, played = tasks.make(name), {}
-    for seed in seeds:
-        actions = np.random.default_rng(seed).uniform(-1, 1, (30, task.action_dim))
-        shown = [task.reset(seed).tobytes(), task.env.unwrapped.data.qacc_warmstart.tobytes()]
-        for action in actions.astype(np.float32):
-            observation, *rest = task.step(action)
-            shown.append((observation.tobytes(), *rest))
-        played[seed] = shown
-    return played
-
-
-@pytest.mark.parametrize("name", ["pointmaze-teleport-navigate-singletask-v0", CUBE])
-def test_an_episode_follows_from_its_seed_and_actions(name: str) -> None:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        elsewhere = pool.submit(play, name, [1, 0]).result()
-    assert play(name, [0, 1, 0]) == elsewhere
-    assert elsewhere[0] != elsewhere[1]
+def test_an_episode_follows_from_its_seed_and_actions() -> None:
+    check_episodes(["pointmaze-teleport-navigate-singletask-v0", CUBE])
 
 
 @pytest.mark.parametrize("name", [CUBE, POINT])
@@ -162,14 +144,14 @@ def test_a_longer_file_begins_as_a_shorter_one(files: dict[str, Path], tmp_path:
 
 RUN = """--device cpu --is_sparse_reward true
     --offline_iterations 60 --online_iterations 100 --eval_freq 1000 --checkpoint_freq 20
-    --log_freq 10 --n_episodes 2 --hidden_dim 8 --batch_size 16 --cql_n_actions 2
+    --log_freq 10 --n_episodes 1 --hidden_dim 8 --batch_size 16 --cql_n_actions 2
     --checkpoints_path .""".split()
 
 
-def test_kills_and_workers_leave_no_trace(files: dict[str, Path], tmp_path: Path) -> None:
-    run = [*RUN, "--env", POINT, "--dataset_path", files[POINT], "--eval_workers"]
+def test_a_kill_leaves_no_trace(files: dict[str, Path], tmp_path: Path) -> None:
+    run = [*RUN, "--env", POINT, "--dataset_path", files[POINT], "--eval_workers", 1]
     moment = cal_ql.Agent, "update", 100
-    assert resumed_like_left_alone(tmp_path, [*run, 1], [*run, 2], *moment, end=killed_at) == []
+    assert resumed_like_left_alone(tmp_path, run, run, *moment, end=killed_at) == []
 
 
 CODE = """
@@ -218,10 +200,14 @@ def test_an_unknown_id_gives_close_matches(name: str) -> None:
         (POINT.replace("medium", "large"), POINT, "its positions are in walls"),
         (POINT, CUBE, r"qpos has shape \(1001, 21\), the task needs \(N, 2\)"),
         (CUBE, POINT, r"qpos has shape \(1001, 2\), the task needs \(N, 21\)"),
-        (CUBE, "cut short", "not a whole .npz file"),
+        (CUBE, "cut short", "not a valid .npz file"),
         (CUBE, "no qpos", r"qpos has shape \(0,\), the task needs \(N, 21\)"),
-        (SCENE, "no buttons", "not a whole .npz file in OGBench's layout .'button_states'."),
-        (CUBE, "an array", "not a whole .npz file"),
+        (
+            SCENE,
+            "no buttons",
+            "not a valid .npz file .* .it lacks 'button_states'.",
+        ),
+        (CUBE, "an array", "not a valid .npz file"),
     ],
 )
 def test_bad_files_give_one_line(

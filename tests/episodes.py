@@ -1,0 +1,65 @@
+"""Episodes of tasks as hashes, here and in another process, which imports no torch for it."""
+
+import contextlib
+import hashlib
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+
+import tasks
+
+Hashes = dict[tuple[str, int], set[str]]  # of all episodes played, by name and seed
+
+
+def hashes_of(names: list[str], seeds: list[int], root: Optional[Path] = None) -> Hashes:
+    """Play 30 random steps of each task and seed, one after the other."""
+    found: Hashes = {}
+    for name in names:
+        task = tasks.make(name, root and str(root))
+        for seed in seeds:
+            found.setdefault((name, seed), set()).add(hash_of(task, seed))
+    return found
+
+
+def hash_of(task: tasks.Task, seed: int) -> str:
+    """Of all that an episode shows, and of the simulator's hidden state at its start."""
+    digest = hashlib.sha256(task.reset(seed).tobytes())
+    data = getattr(task.env.unwrapped, "data", None)
+    if data is not None:
+        digest.update(data.qacc_warmstart.tobytes())
+    actions = np.random.default_rng(seed).uniform(-1, 1, (30, task.action_dim))
+    for action in actions.astype(np.float32):
+        observation, *rest = task.step(action)
+        digest.update(observation.tobytes() + repr(rest).encode())
+    return digest.hexdigest()
+
+
+def hashes_elsewhere(names: list[str], seeds: list[int], root: Optional[Path] = None) -> Hashes:
+    """`hashes_of` in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(hashes_of, names, seeds, root).result()
+
+
+@contextlib.contextmanager
+def denormal_numbers() -> Iterator[None]:
+    """As in a process without torch: cal_ql.py has them flushed, which changes last bits."""
+    torch = sys.modules["torch"]
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(True)
+
+
+def check_episodes(names: list[str], root: Optional[Path] = None) -> None:
+    """An episode follows from its seed and actions: in any order, and in another process."""
+    with denormal_numbers():
+        here = hashes_of(names, [1, 2, 1], root)
+    assert all(len(of_one) == 1 for of_one in here.values())
+    assert len(set.union(*here.values())) == 2 * len(names)
+    assert hashes_elsewhere(names[::-1], [2, 1], root) == here
