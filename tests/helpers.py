@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -28,6 +29,7 @@ from torch import Tensor
 
 import cal_ql
 from cal_ql import Agent, Batch, Config, Noise
+from runs.errors import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "datasets" / "maze2d-umaze-v1-small.hdf5"
@@ -92,15 +94,25 @@ def kept_signals() -> Iterator[None]:
 
 def call(*args: Any) -> subprocess.CompletedProcess:
     """`python cal_ql.py ARGS` within this process, which saves the seconds of its imports."""
+    return call_program("cal_ql.py", cal_ql.main, *args)
+
+
+def call_tool(tool: ModuleType, *args: Any) -> subprocess.CompletedProcess:
+    """`python tools/TOOL.py ARGS` within this process."""
+    name = tool.__name__.rpartition(".")[2] + ".py"
+    return call_program(name, lambda: run_program(tool.main, name), *args)
+
+
+def call_program(name: str, program: Callable[[], int], *args: Any) -> subprocess.CompletedProcess:
     out, err = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
     with (
-        mock.patch.object(sys, "argv", ["cal_ql.py", *map(str, args)]),
+        mock.patch.object(sys, "argv", [name, *map(str, args)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         kept_signals(),
     ):
         try:
-            code = cal_ql.main()
+            code = program()
         except SystemExit as end:
             code = end.code or 0
     for stream in (out, err):

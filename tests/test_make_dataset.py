@@ -12,9 +12,10 @@ import h5py
 import numpy as np
 import pytest
 
-from helpers import QUICKSTART, ROOT, file_size_limit, kept_signals
+from helpers import QUICKSTART, ROOT, call_tool, file_size_limit
 from tasks import d4rl_compat
 from tools import make_dataset
+from tools.recipes import antmaze, maze2d
 
 TOOL = [sys.executable, str(ROOT / "tools" / "make_dataset.py")]
 ANT, POINT = "antmaze-umaze-v2", "maze2d-umaze-v1"
@@ -123,7 +124,7 @@ def test_each_row_of_maze2d_is_a_transition_of_the_environment(
         maze.set_target(dataset["infos/goal"][row])
         observation, reward, done, _ = maze.step(dataset["actions"][row])
         assert (reward, done) == (dataset["rewards"][row], dataset["terminals"][row])
-        if (row + 1) % make_dataset.POINT_TRAJECTORY:  # the point goes on after a timeout
+        if (row + 1) % maze2d.TRAJECTORY:  # the point goes on after a timeout
             np.testing.assert_allclose(observation, dataset["observations"][row + 1], atol=1e-5)
         else:
             assert dataset["timeouts"][row]
@@ -160,15 +161,15 @@ def test_a_short_file_is_the_beginning_of_a_longer_one_whatever_the_workers(
 def test_the_quickstarts_file_can_be_made_again(
     datasets: dict[str, Arrays], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(make_dataset, "POINT_TRAJECTORY", 1_500)
-    again = make_dataset.PointMaze(POINT).rollout(np.random.SeedSequence((0, 0)))
+    monkeypatch.setattr(maze2d, "TRAJECTORY", 1_500)
+    again = maze2d.Maze2D(POINT).rollout(np.random.SeedSequence((0, 0)))
     for name, array in again.items():  # another processor may round differently
         expected = datasets[POINT][name][:1_499]
         np.testing.assert_allclose(array[:-1], expected, atol=1e-4, err_msg=name)
 
 
 def test_another_seed_other_contents_and_the_time_limit_is_a_timeout(datasets: dict[str, Arrays]):
-    ant = make_dataset.AntMaze(ANT)
+    ant = antmaze.AntMaze(ANT)
     ant.env._max_episode_steps = 40
     other = ant.rollout(np.random.SeedSequence((1, 0)))
     same = datasets[ANT]["observations"][:40]
@@ -179,7 +180,7 @@ def test_another_seed_other_contents_and_the_time_limit_is_a_timeout(datasets: d
 def test_play_has_few_starts_and_diverse_has_all():
     starts = {}
     for kind in ("play", "diverse"):
-        ant = make_dataset.AntMaze(f"antmaze-medium-{kind}-v2")
+        ant = antmaze.AntMaze(f"antmaze-medium-{kind}-v2")
         ant.env._max_episode_steps = 1
         rollouts = [ant.rollout(np.random.SeedSequence((0, i))) for i in range(150)]
         starts[kind] = {ant.cell_of(rollout["observations"][0, :2]) for rollout in rollouts}
@@ -187,7 +188,7 @@ def test_play_has_few_starts_and_diverse_has_all():
         assert set(ant.plan.destinations) == starts[kind] | {(6, 6)}  # the task's goal
     assert starts["play"] == {(1, 1), (2, 6), (5, 1), (6, 5)}  # marked in D4RL's BIG_MAZE
     assert len(starts["diverse"]) == 25  # all free cells but the goal's
-    assert make_dataset.AntMaze(ANT).plan.starts == []
+    assert antmaze.AntMaze(ANT).plan.starts == []
 
 
 # ---------------------------------------------------------------------------- what goes wrong
@@ -208,37 +209,29 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("arguments", BAD_INPUT)
 def test_bad_input_gives_one_line_and_status_2(
-    arguments: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["make_dataset.py", *arguments.split()])
-    monkeypatch.setattr(make_dataset, "WALKER", tmp_path / "nowhere.npz")
-    (tmp_path / "saved").write_text("precious")
-    with pytest.raises(SystemExit) as stop:
-        make_dataset.main()
-    out, error = capsys.readouterr()
-    assert (stop.value.code, out, error.count("\n")) == (2, "", 1)
-    assert error.startswith("make_dataset.py: error: ") and BAD_INPUT[arguments] in error
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+    monkeypatch.setattr(antmaze, "WALKER", folder / "nowhere.npz")
+    (folder / "saved").write_text("precious")
+    done = call_tool(make_dataset, *arguments.split())
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("make_dataset.py: error: ")
+    assert BAD_INPUT[arguments] in done.stderr
+    assert [path.read_text() for path in folder.iterdir()] == ["precious"]
 
 
 def test_a_full_disk_gives_one_line_and_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     random = np.random.default_rng(0)
     rows = {name: random.random((5_000, 9), np.float32) for name in ("observations", "rewards")}
     rows |= {name: np.zeros(5_000, bool) for name in ("terminals", "timeouts")}
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(make_dataset, "rollouts", lambda *_: iter([rows]))
-    options = [ANT, "--transitions", "5000", "--output", "a.hdf5"]
-    monkeypatch.setattr(sys, "argv", ["make_dataset.py", *options])
-    with kept_signals(), file_size_limit(50_000):
-        assert make_dataset.main() == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("cannot write a.hdf5: ")
-    assert not list(tmp_path.iterdir())
+    with file_size_limit(50_000):
+        done = call_tool(make_dataset, ANT, "--transitions", 5000, "--output", "a.hdf5")
+    assert done.returncode == 1
+    assert "error: cannot write a.hdf5: " in done.stderr.splitlines()[-1]
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -250,6 +243,6 @@ def test_an_interrupted_run_leaves_nothing_behind(number: signal.Signals, tmp_pa
     _, error = process.communicate()  # stderr ends when the last worker has ended
     if number == signal.SIGTERM:
         assert process.returncode == 130
-        assert error.splitlines()[-1] == "interrupted; nothing was saved"
+        assert error.splitlines()[-1].endswith("interrupted; nothing was saved")
         assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
