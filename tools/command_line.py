@@ -18,6 +18,6 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the options)")
 
 
-def path(text: str) -> Path:
+def user_path(text: str) -> Path:
     """A path argument. `~` is the home directory: no shell expands it in `--option=~/x`."""
     return Path(os.path.expanduser(text))

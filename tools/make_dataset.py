@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tasks
 from runs.errors import InputError, RunError, run_program
-from tools.command_line import Parser, path
+from tools.command_line import Parser, user_path
 from tools.recipes import RECIPES, recipe_of
 from tools.recipes.common import Rows
 from tools.recipes.workers import rollouts
@@ -54,7 +54,8 @@ def collect(made: Iterator[Rows], transitions: int, show_total: bool) -> tuple[R
     parts = []
     missing = transitions
     left_out = 0
-    with tqdm(total=transitions if show_total else None, mininterval=1, unit="row") as bar:
+    total = transitions if show_total else None
+    with tqdm(total=total, mininterval=1, unit="row", disable=sys.stderr is None) as bar:
         for rows in made:
             if _stopped.is_set():
                 raise Interrupted("interrupted; nothing was saved")
@@ -71,6 +72,11 @@ def collect(made: Iterator[Rows], transitions: int, show_total: bool) -> tuple[R
     if not parts:
         raise RunError("no rollout reaches the goal")
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, left_out
+
+
+def part_of(target: Path) -> Path:
+    """Where the dataset is written before it is whole."""
+    return target.with_name(f".{target.name}.{os.getpid()}.part")
 
 
 def write_dataset(
@@ -91,7 +97,7 @@ def write_dataset(
     made = rollouts(task, seed, workers, demonstrations)
     rows, left_out = collect(made, transitions, show_total=demonstrations is None)
     command = f"tools/make_dataset.py {task} --transitions {transitions} --seed {seed}{source}"
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = part_of(target)
     try:
         recipe.write(part, rows, recipe.metadata(task, seed, command))
         part.replace(target)
@@ -135,8 +141,10 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("--transitions", type=int, default=1_000_000, metavar="N", help="default: 1000000")
     option("--seed", type=int, default=0, metavar="S", help="default: 0")
-    option("--output", type=path, metavar="PATH", help="default: datasets/TASK-N-seedS.SUFFIX")
-    option("--demonstrations", type=path, metavar="PATH", help="hand_dapg's door-v0_demos.pickle")
+    option("--output", type=user_path, metavar="PATH", help="default: datasets/TASK-N-seedS.SUFFIX")
+    option(
+        "--demonstrations", type=user_path, metavar="PATH", help="hand_dapg's door-v0_demos.pickle"
+    )
     option("--workers", type=int, default=os.cpu_count() or 1, help="default: one per core")
     args = parser.parse_args()
     if recipe_of(args.task) is None:
@@ -152,21 +160,33 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def default_output(args: argparse.Namespace, layout: str) -> Path:
+    if layout == "minari":
+        name = "minari"  # a root folder for many datasets
+    elif args.demonstrations:
+        name = f"{args.task}-seed{args.seed}.{layout}"
+    else:
+        name = f"{args.task}-{args.transitions}-seed{args.seed}.{layout}"
+    return Path(os.path.relpath(DATASETS / name))
+
+
 def target_of(args: argparse.Namespace) -> Path:
     """Where the dataset is to be; sets `args.output` to its default. Raises `InputError`."""
     layout = recipe_of(args.task).layout
     if args.output is None:
-        size = "" if args.demonstrations else f"-{args.transitions}"
-        name = f"{args.task}{size}-seed{args.seed}.{layout}"
-        name = "minari" if layout == "minari" else name
-        args.output = Path(os.path.relpath(DATASETS / name))
+        args.output = default_output(args, layout)
+    target = args.output / args.task if layout == "minari" else args.output
     parent = args.output.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         raise InputError(f"there is no directory {parent}")
     if not os.access(parent, os.W_OK):
         raise InputError(f"cannot write to {parent}")
-    target = args.output / args.task if layout == "minari" else args.output
-    if target.exists():
+    try:
+        exists = target.exists()
+        part_of(target).exists()  # its longer name must be possible too
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror}") from None
+    if exists:
         raise InputError(f"{target} exists; choose another --output")
     return target
 
@@ -183,7 +203,7 @@ def demonstrations_of(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 
     try:
         return read_demonstrations(args.demonstrations)
-    except InputError as error:
+    except (InputError, OSError) as error:
         raise InputError(f"--demonstrations: {error}") from None
 
 
