@@ -323,11 +323,15 @@ def test_the_clone_acts_as_the_demonstrations_and_by_the_seed(demonstrations, mo
     assert np.abs(error).mean() < 0.2  # 0.6 without learning
 
 
-def test_make_dataset_runs_nothing_and_takes_no_other_demonstrations(folder):
+def test_make_dataset_runs_nothing_and_takes_no_other_demonstrations(folder, demonstrations):
     path = folder / "door-v0_demos.pickle"
     for contents, complaint in (
         ([Call(os.mkdir, "ran")], "calls posix.mkdir"),
         ([{"init_state_dict": {"board_pos": np.zeros(3)}}], "no demonstrations of opening a door"),
+        ([], "no demonstrations of opening a door"),
+        ([demonstrations[0] | {"actions": np.full((10, 28), np.nan)}], "no demonstrations"),
+        ([demonstrations[0] | {"actions": np.full((10, 28), "text")}], "no demonstrations"),
+        ([demonstrations[0] | {"observations": np.zeros((9, 39))}], "no demonstrations"),
     ):
         path.write_bytes(pickle.dumps(contents))
         options = "--demonstrations", path.name, "--output", "a"

@@ -202,6 +202,12 @@ BAD_INPUT = {
     f"{ANT} --seed 99999999999999999999999": "--seed must be 0 to",
     f"{ANT} --output missing/a.hdf5": "there is no directory missing",
     f"{ANT} --output saved": "saved exists; choose another --output",
+    f"{ANT} --output {5_000 * 'x'}": "File name too long",
+    f"{ANT} --output ~/saved": "saved exists",
+    f"{POINT} --demonstrations saved": "takes no --demonstrations",
+    "door-human-v1": "needs --demonstrations",
+    "door-human-v1 --demonstrations missing": "missing",
+    "door-human-v1 --demonstrations /dev/zero": "not a regular file",
     "": "the following arguments are required: task",
     ANT: "nowhere.npz, the ant's walking policy, is missing",
 }
@@ -212,12 +218,36 @@ def test_bad_input_gives_one_line_and_status_2(
     arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(antmaze, "WALKER", folder / "nowhere.npz")
+    monkeypatch.setenv("HOME", str(folder))
     (folder / "saved").write_text("precious")
     done = call_tool(make_dataset, *arguments.split())
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("make_dataset.py: error: ")
     assert BAD_INPUT[arguments] in done.stderr
     assert [path.read_text() for path in folder.iterdir()] == ["precious"]
+
+
+def test_recipes_need_no_torch_until_they_learn():
+    """Every worker process imports them."""
+    program = """import sys
+from tools import make_dataset, recipes
+assert "mujoco" not in sys.modules  # nor need --help wait for it
+for task in recipes.RECIPES:
+    assert recipes.recipe_of(task).config
+print({"torch", "wandb", "cal_ql"} & set(sys.modules))"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_what_goes_wrong_in_a_worker_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    (folder / "packages").mkdir()
+    (folder / "packages" / "ogbench.py").write_text("raise ImportError('not here')")
+    monkeypatch.syspath_prepend(folder / "packages")
+    options = "--workers", 1, "--output", "a.npz"
+    done = call_tool(make_dataset, "pointmaze-medium-stitch-singletask-v0", *options)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("make_dataset.py: error: env: ") and "missing here (not here)" in line
 
 
 def test_a_full_disk_gives_one_line_and_leaves_nothing_behind(

@@ -284,7 +284,8 @@ def test_a_made_pointmaze_is_what_its_environment_paid(tmp_path, monkeypatch):
     for column in made:
         np.testing.assert_array_equal(made[column], again[column])
     (tmp_path / name).parent.mkdir(parents=True)
-    pointmaze.write_minari(tmp_path / name, made, {"task": name, "recipe": ""})
+    monkeypatch.chdir(tmp_path)
+    pointmaze.write_minari(Path(name), made, {"task": name, "recipe": ""})
     rows = tasks.make(name, str(tmp_path)).rows(tmp_path / name)
     np.testing.assert_array_equal(rows["actions"], made["actions"])
     place, goal = rows["next_observations"][:, :2], rows["observations"][:, 2:4]

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tasks import d4rl_compat
-
 DESCRIPTION = (Path(__file__).parent / "description.txt").read_text(encoding="utf-8")
 
 Cell = tuple[int, int]  # row and column in a maze's map
@@ -51,6 +49,8 @@ class Recipe:
     @classmethod
     def metadata(cls, task: str, seed: int, command: str) -> dict[str, Any]:
         """How the file was made, to be stored in it."""
+        from tasks import d4rl_compat  # here, so that --help need not wait for the simulator
+
         about = {
             "command": command,
             "recipe": DESCRIPTION,

@@ -85,21 +85,31 @@ class BinaryDoor(Door):
         return rows if rows["terminals"][-1] else {}
 
 
+STATE = {"qpos": 30, "qvel": 30, "door_body_pos": 3}  # sizes of the simulator's state
+
+
 def read_demonstrations(path: Path) -> list[dict[str, Any]]:
     """The episodes in hand_dapg's file; raises `InputError` where it is not that of the door."""
     check_regular(path)
     demonstrations = unpickle(path)
-    state = frozenset(("qpos", "qvel", "door_body_pos"))
-    kinds = set()
     try:
-        for episode in demonstrations:
-            widths = episode["observations"].shape[1], episode["actions"].shape[1]
-            kinds.add((frozenset(episode["init_state_dict"]), *widths))
-    except (LookupError, TypeError, AttributeError):
-        kinds = set()
-    if kinds != {(state, 39, 28)}:
+        good = len(demonstrations) > 0 and all(map(is_demonstration, demonstrations))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        good = False
+    if not good:
         raise InputError(f"{path} has no demonstrations of opening a door, expected hand_dapg's")
     return demonstrations
+
+
+def is_demonstration(episode: dict[str, Any]) -> bool:
+    """Whether its arrays have the door's sizes and finite numbers; else it may also raise."""
+    state = episode["init_state_dict"]
+    n = len(episode["actions"])
+    shapes = {"observations": (n, 39), "actions": (n, 28)}
+    arrays = [(episode[name], shape) for name, shape in shapes.items()]
+    arrays += [(state[name], (size,)) for name, size in STATE.items()]
+    fits = all(array.shape == shape and np.isfinite(array).all() for array, shape in arrays)
+    return n > 0 and set(state) == set(STATE) and fits
 
 
 def clone(demonstrations: list[dict[str, Any]], seed: int) -> Callable[[np.ndarray], np.ndarray]:
