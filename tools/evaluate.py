@@ -28,7 +28,7 @@ from tools.film import Filmed
 
 
 def load_policy(run: Path) -> tuple[cal_ql.Config, cal_ql.Task, cal_ql.Actor, cal_ql.Scaling]:
-    """Load the policy of a run directory or a checkpoint onto the CPU; raises `InputError`."""
+    """Load the policy of a checkpoint, or of a run's newest one; raises `InputError`."""
     found = checkpoints_in(run) if os.path.isdir(run) else [run]
     if not found:
         raise InputError(f"{run} has no checkpoint_<step>.pt; is it a run directory?")
@@ -49,6 +49,7 @@ def load_policy(run: Path) -> tuple[cal_ql.Config, cal_ql.Task, cal_ql.Actor, ca
 
 
 def mean_interval(values: list[float]) -> str:
+    """The mean and, of several values, its interval by Student's t and their deviation."""
     mean = float(np.mean(values))
     n = len(values)
     if n == 1:
@@ -59,6 +60,7 @@ def mean_interval(values: list[float]) -> str:
 
 
 def rate_interval(successes: int, n: int) -> str:
+    """The share of successes and its interval by Wilson's score."""
     low, high = scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
     return f"{successes / n:.3f} ({low:.3f} to {high:.3f})"
 
@@ -80,7 +82,7 @@ def evaluate(run: Path, n: int, seed: int | None, video: Path | None) -> None:
     """Play `n` episodes, print what they yielded and save the video."""
     config, task, actor, scaling = load_policy(run)
     seed = config.eval_seed if seed is None else seed
-    workers = 1 if video else None  # other processes could not film
+    workers = 1 if video else None  # episodes in other processes could not be filmed
     config = dataclasses.replace(config, n_episodes=n, eval_seed=seed, eval_workers=workers)
     film = Filmed(task, video) if video else None
     evaluator = cal_ql.Evaluator(config, film or task)

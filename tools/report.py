@@ -59,7 +59,7 @@ LARGEST_SCORE = 1e100  # its square is finite
 SHARES = np.linspace(-1, 1, 81)  # -1 to 0: share of the offline phase; 0 to 1: of the online phase
 # Okabe and Ito's colours, which the colour-blind can tell apart, without yellow (faint on white)
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
-DASHES = "solid", "dashed", "dashdot"  # of each seven methods; runs not at their end are dotted
+DASHES = "solid", "dashed", "dashdot"  # for seven methods each; unfinished runs are dotted
 RUNNING = dict(linestyle="dotted")
 SWITCH = dict(color="grey", linestyle=(0, (4, 3)), linewidth=1, zorder=0)
 
@@ -140,10 +140,10 @@ def make_run(
 
 
 def method_options(options: dict[str, Any]) -> dict[str, str]:
-    """The options that may make a method, as text; what its name begins with is under ""."""
+    """The options that may make a method, as text; under "" how the method's name begins."""
     chosen = {key: value for key, value in options.items() if key not in NO_METHOD}
     chosen["dataset_path"] = str(options["dataset_path"]).rpartition("/")[2]  # wherever it lies
-    chosen["load_model"] = bool(options["load_model"])  # each seed may have a checkpoint of its own
+    chosen["load_model"] = bool(options["load_model"])  # each seed may start from its own
     algorithm = "CQL" if options["calibrate"] is False else "Cal-QL"
     chosen[""] = algorithm if options["name"] == cal_ql.Config.name else options["name"]
     texts = {key: json.dumps(value, default=str) for key, value in chosen.items()}
@@ -200,7 +200,7 @@ def read_all(paths: list[Path]) -> tuple[list[Run], list[str]]:
 
 
 def usual_values(methods: list[dict[str, str]]) -> dict[str, Any]:
-    """By option the value of most methods; on a tie the default, which may be none of them."""
+    """Of each option the value that most methods have; on a tie the default."""
     usual = {}
     default = method_options(vars(cal_ql.Config()))
     for option in {option for method in methods for option in method}:
@@ -211,7 +211,7 @@ def usual_values(methods: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def label_methods(runs: list[Run]) -> list[Run]:
-    """Give each run its method's name, as the module's docstring says."""
+    """Name each run's method, by the rules in the module's docstring."""
     methods = defaultdict(dict)
     for run in runs:
         if run.options:  # else it comes from a CSV file, with its name
@@ -229,7 +229,7 @@ def label_methods(runs: list[Run]) -> list[Run]:
 
 
 def without_duplicates(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    """Of each task, method and seed the run that got farthest, and a line for each other one."""
+    """Keep the run that got farthest of each task, method and seed; a line for each other one."""
     kept: dict[tuple, Run] = {}
     lines = []
     for run in sorted(runs, key=lambda run: -run.steps[-1]):
@@ -241,15 +241,16 @@ def without_duplicates(runs: list[Run]) -> tuple[list[Run], list[str]]:
 
 
 def counted(runs: list[Run]) -> list[Run]:
-    """The runs that enter the numbers: those that have ended, or all while none has."""
+    """The runs that count: those that have ended, or all if none has."""
     return [run for run in runs if run.ended] or runs
 
 
 def groups_of(runs: list[Run]) -> dict[str, Group]:
-    """What is shown together, by title: each task, then all tasks that have runs which ended.
+    """Group the runs by what is shown together: each task, then all tasks.
 
-    The latter with those methods that have such on each of them, and with those runs alone. Plain
-    names come first, so that Cal-QL and CQL have the same colours in every picture.
+    "All tasks" are those on which runs have ended. It has the methods that have ended on each of
+    them, and only runs that have ended. Short names come first, so that Cal-QL and CQL have the
+    same colours in every picture.
     """
     groups = defaultdict(dict)
     ended = defaultdict(dict)
@@ -286,9 +287,9 @@ def probability_of_improvement(*samples: np.ndarray, axis: int = -1) -> Any:
 
 
 def interval(samples: list[np.ndarray], statistic: Callable, resamples: int = 10_000) -> Any:
-    """95 % interval, the percentiles of a bootstrap that resamples the seeds of each task apart.
+    """95 % percentile interval of a bootstrap, which resamples the seeds within each task.
 
-    `samples` holds an array [seeds, ...] for each task. None where one of them has a single seed.
+    `samples` holds an array [seeds, ...] for each task. Returns None if a task has a single seed.
     """
     if min(map(len, samples)) < 2:
         return None
@@ -300,19 +301,19 @@ def interval(samples: list[np.ndarray], statistic: Callable, resamples: int = 10
 
 SCORES = "task|method|seeds|steps|score|IQM of the score|online area|success|regret".split("|")
 IMPROVEMENT = "task|method|over|probability of improvement".split("|")
-EXPLANATION = """Seeds: in parentheses how far a run is that has not ended; it counts only while
-no run of its method has. Steps: offline updates + online environment steps. Score: normalized,
-after the offline phase → at the end; mean ± standard error over seeds. IQM: interquartile mean over
-runs, and the 95 % interval of a bootstrap over the seeds of each task and method. Online area: area
-under the online phase's scores over its length, a mean score. Success: share of the last
-evaluation's episodes. Regret: mean of 1 - success over the training episodes. Probability of
-improvement: that a run of the first method ends higher than one of the second, ties counted as one
-half. All tasks: the methods that have ended on each; mean over tasks, IQM over all runs. Curves:
-IQM and its interval."""
+EXPLANATION = """Seeds: in parentheses how much of a run is done; a run counts before its end only
+if no run of the method has ended. Steps: offline updates + online environment steps. Score:
+normalized, after the offline phase → at the end; mean ± standard error over seeds. IQM:
+interquartile mean over runs, and the 95 % interval of a bootstrap over the seeds of each task and
+method. Online area: area under the online phase's scores divided by its length, a mean score.
+Success: share of the last evaluation's episodes. Regret: mean of 1 - success over the training
+episodes. Probability of improvement: that a run of the first method ends higher than one of the
+second; a tie counts one half. All tasks: the methods that have ended on each; mean over tasks, IQM
+over all runs. Curves: IQM and its interval."""
 
 
 def mean_and_error(samples: list[np.ndarray], digits: int = 1) -> str:
-    """The mean over tasks of the mean over seeds and, where each has several, its error."""
+    """The mean over tasks of the mean over seeds; its error if every task has several seeds."""
     means = [values.mean() for values in samples]
     if np.isnan(means).any():
         return "–"
@@ -381,10 +382,10 @@ def markdown(tables: list[list[list[str]]]) -> str:
 
 
 def draw_panel(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
-    """Interquartile mean over runs and its interval, where all have scores; running ones thin.
+    """Draw each method's interquartile mean over runs, with its interval, where all have scores.
 
-    Dotted is what has not ended: these, and the mean while it is theirs alone. Between a run's
-    evaluations its scores lie on straight lines.
+    Runs that have not ended are thin and dotted; a mean of such runs is dotted. Scores between two
+    evaluations are interpolated.
     """
     by_share = len(next(iter(group.values()))) > 1
     for name, tasks in group.items():
@@ -415,7 +416,7 @@ def draw_panel(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
 
 
 def draw_figure(groups: dict[str, Group]) -> Figure:
-    """Small multiples: a panel for each group, and below them one legend."""
+    """Draw a panel for each group, with one legend below them."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     looks = itertools.cycle(itertools.product(DASHES, COLOURS))
     styles = {name: dict(color=c, linestyle=d) for name, (d, c) in zip(names, looks)}
@@ -451,7 +452,7 @@ tr:first-child { font-weight: bold }
 
 
 def page(figure: Figure, tables: list[list[list[str]]]) -> str:
-    """HTML that needs no other file: the picture is in it."""
+    """Make one HTML file, with the picture in it."""
     figure.savefig(svg := io.BytesIO(), format="svg")
     picture = base64.b64encode(svg.getvalue()).decode()
     parts = [HEAD, f'<img alt="Curves" src="data:image/svg+xml;base64,{picture}">']
@@ -476,7 +477,7 @@ def write_csv(runs: list[Run], path: Path) -> None:
 
 
 def write_outputs(args: argparse.Namespace, runs: list[Run], tables: list, text: str) -> None:
-    """Write the files that the command line asks for; raises `InputError` where one cannot be."""
+    """Write the files that the command line names; raises `InputError` where that fails."""
     groups = groups_of(runs)
     outputs: list[tuple[Path | None, Callable[[Path], Any]]] = [
         (args.csv, lambda path: write_csv(runs, path)),

@@ -44,7 +44,8 @@ class Door(Recipe):
 
     def play(self, observation: np.ndarray, act: Callable, n_steps: int) -> Rows:
         """At most `n_steps` of `act(step, observation)`, from the simulator's present state."""
-        rows, states = [], []
+        rows = []
+        states = []
         for number in range(n_steps):
             states.append(self.hand.get_env_state())
             # clipped as the door's environment does
