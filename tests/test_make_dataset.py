@@ -227,6 +227,14 @@ def test_bad_input_gives_one_line_and_status_2(
     assert [path.read_text() for path in folder.iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("where, code", [("| head -1", 141), ("> /dev/full", 1), (">&-", 0)])
+def test_output_that_nobody_takes_is_no_traceback(where: str, code: int):
+    command = f"set -o pipefail; {TOOL[0]} {TOOL[1]} --help {where}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr.count("\n") == (code == 1), done.stderr
+    assert done.returncode == code or where == "| head -1" and done.returncode == 0
+
+
 def test_recipes_need_no_torch_until_they_learn():
     """Every worker process imports them."""
     program = """import sys

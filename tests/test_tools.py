@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,19 @@ def test_evaluate_names_what_is_wrong_in_one_line(
         torch.save({"weights": torch.zeros(3)}, name)
     code, _, error = run_evaluate(*options.split())
     assert code == 2 and error.count("\n") == 1 and named in error
+
+
+def test_ctrl_c_is_one_line_and_ends_the_workers(finished_run):
+    options = "--episodes", "100000"
+    command = [sys.executable, "-u", "tools/evaluate.py", str(finished_run), *options]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    assert "checkpoint_60.pt, on" in process.stdout.readline()
+    time.sleep(2)  # the workers start
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, error = process.communicate()  # which ends when the last worker has
+    assert process.returncode == 130
+    assert error == "evaluate.py: stopped: by SIGINT\n"
 
 
 def test_published_policies_can_be_evaluated_and_fine_tuned(run_evaluate, monkeypatch):
