@@ -1,8 +1,6 @@
 """What the command lines of these tools have in common."""
 
 import argparse
-import os
-from pathlib import Path
 from typing import NoReturn
 
 from runs.errors import InputError
@@ -16,8 +14,3 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists the options)")
-
-
-def user_path(text: str) -> Path:
-    """A path argument. `~` is the home directory: no shell expands it in `--option=~/x`."""
-    return Path(os.path.expanduser(text))

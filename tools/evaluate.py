@@ -23,7 +23,7 @@ import cal_ql
 import tasks
 from runs.directory import checkpoints_in, load_checkpoint
 from runs.errors import InputError, run_program
-from tools.command_line import Parser, user_path
+from tools.command_line import Parser
 from tools.film import Filmed
 
 
@@ -96,10 +96,10 @@ def evaluate(run: Path, n: int, seed: int | None, video: Path | None) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("run", type=user_path, help="run directory or checkpoint")
+    parser.add_argument("run", type=Path, help="run directory or checkpoint")
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--seed", type=int, help="of the episodes; default: the run's eval_seed")
-    parser.add_argument("--video", type=user_path, help="GIF or MP4 file of the first episode")
+    parser.add_argument("--video", type=Path, help="GIF or MP4 file of the first episode")
     args = parser.parse_args()
     if args.episodes < 1:
         raise InputError(f"episodes: found {args.episodes}, expected 1 or more")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tasks
 from runs.errors import InputError, RunError, run_program
-from tools.command_line import Parser, user_path
+from tools.command_line import Parser
 from tools.recipes import RECIPES, recipe_of
 from tools.recipes.common import Rows
 from tools.recipes.workers import rollouts
@@ -141,10 +141,8 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("--transitions", type=int, default=1_000_000, metavar="N", help="default: 1000000")
     option("--seed", type=int, default=0, metavar="S", help="default: 0")
-    option("--output", type=user_path, metavar="PATH", help="default: datasets/TASK-N-seedS.SUFFIX")
-    option(
-        "--demonstrations", type=user_path, metavar="PATH", help="hand_dapg's door-v0_demos.pickle"
-    )
+    option("--output", type=Path, metavar="PATH", help="default: datasets/TASK-N-seedS.SUFFIX")
+    option("--demonstrations", type=Path, metavar="PATH", help="hand_dapg's door-v0_demos.pickle")
     option("--workers", type=int, default=os.cpu_count() or 1, help="default: one per core")
     args = parser.parse_args()
     if recipe_of(args.task) is None:

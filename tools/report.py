@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
 from runs.errors import InputError, check_regular, run_program
 from runs.options import read_config_file
-from tools.command_line import Parser, user_path
+from tools.command_line import Parser
 
 SCORE = "eval/d4rl_normalized_score"
 SUCCESS = "eval/success_rate"
@@ -496,11 +496,11 @@ def write_outputs(args: argparse.Namespace, runs: list[Run], tables: list, text:
 def main() -> None:
     parser = Parser(__doc__)
     option = parser.add_argument
-    option("runs", nargs="+", type=user_path, help="run directories, or files of --csv")
-    option("--output", type=user_path, help="picture to write: .png, .pdf or .svg")
-    option("--html", type=user_path, help="page to write, with tables and pictures in it")
-    option("--markdown", type=user_path, help="file to write the printed tables to")
-    option("--csv", type=user_path, help="file to write the curves to, to report them again")
+    option("runs", nargs="+", type=Path, help="run directories, or files of --csv")
+    option("--output", type=Path, help="picture to write: .png, .pdf or .svg")
+    option("--html", type=Path, help="page to write, with tables and pictures in it")
+    option("--markdown", type=Path, help="file to write the printed tables to")
+    option("--csv", type=Path, help="file to write the curves to, to report them again")
     args = parser.parse_args()
     if args.output and args.output.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"output: found {args.output}, expected .png, .pdf or .svg")
