@@ -86,8 +86,10 @@ def evaluate(run: Path, n: int, seed: int | None, video: Path | None) -> None:
     config = dataclasses.replace(config, n_episodes=n, eval_seed=seed, eval_workers=workers)
     film = Filmed(task, video) if video else None
     evaluator = cal_ql.Evaluator(config, film or task)
-    episodes = evaluator.evaluate(actor, scaling)
-    evaluator.close()
+    try:
+        episodes = evaluator.evaluate(actor, scaling)
+    finally:  # or Python would wait for the workers to play them all
+        evaluator.close()
     print(f"{n} episodes of {config.env}, seed {seed}")
     print(report(task, episodes))
     if film:
