@@ -207,7 +207,7 @@ BAD_INPUT = {
     f"{POINT} --demonstrations saved": "takes no --demonstrations",
     "door-human-v1": "needs --demonstrations",
     "door-human-v1 --demonstrations missing": "missing",
-    "door-human-v1 --demonstrations /dev/zero": "not a regular file",
+    "door-human-v1 --demonstrations /dev/zero": "regular file",
     "": "the following arguments are required: task",
     ANT: "nowhere.npz, the ant's walking policy, is missing",
 }

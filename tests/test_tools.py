@@ -163,7 +163,7 @@ def test_a_video_in_an_impossible_place_is_refused_at_once(
     os.mkfifo(tmp_path / "x.gif")
     for path, problem in (
         (tmp_path / "no" / "x.gif", "No such file"),
-        (tmp_path / "x.gif", "not a regular file"),
+        (tmp_path / "x.gif", "regular file"),
         (5_000 * "x" + ".gif", "File name too long"),
         (tmp_path / "x.png", "expected a .gif or .mp4 file"),
     ):
