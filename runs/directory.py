@@ -433,10 +433,12 @@ def run_form(
 MODEL = "format", "step", "config", "scaling", "agent"  # what is needed to play, or to start from
 
 
-def load_model(path: Path, device: torch.device, form: dict[str, Any]) -> dict[str, Any]:
-    """Read the checkpoint for `load_model`; of a run's form it must hold the networks only."""
+def load_model(
+    path: Path, device: torch.device, form: dict[str, Any], option: str = "load_model"
+) -> dict[str, Any]:
+    """Read a checkpoint of which the networks matter; other parts of a run's form may be missing."""
     form = {key: part if key in MODEL else Maybe(part) for key, part in form.items()}
-    return load_checkpoint(path, device, form, "load_model")
+    return load_checkpoint(path, device, form, option)
 
 
 def are_metrics(value: Any) -> bool:

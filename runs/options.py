@@ -183,6 +183,17 @@ def make_config(config_class: type, ranges: Ranges, options: dict[str, Optional[
     return config
 
 
+def saved_config(config_class: type, ranges: Ranges, values: Any, path: Path) -> Any:
+    """The options that the checkpoint at `path` holds, checked like those of a command line."""
+    try:
+        if not isinstance(values, dict):
+            raise InputError(f"found {shortened(repr(values))}, expected options")
+        texts = {str(k): None if v is None else str(v) for k, v in values.items()}
+        return make_config(config_class, ranges, texts)
+    except InputError as error:
+        raise InputError(f"{path} is not a valid checkpoint (config: {error})") from None
+
+
 def check_values(config: Any, kinds: dict[str, Any]) -> None:
     """Raise `InputError` for the first value out of its option's range."""
     for field in dataclasses.fields(config):

@@ -6,6 +6,7 @@ It does without pytest, so that kill_test.py needs no more than a run does.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -93,14 +95,25 @@ def kept_signals() -> Iterator[None]:
 
 def call(*args: Any) -> subprocess.CompletedProcess:
     """`python cal_ql.py ARGS` within this process, which saves the seconds of its imports."""
+    program = functools.partial(run_program, cal_ql.main, "cal_ql.py", goes_on=True)
+    return call_program("cal_ql.py", program, *args)
+
+
+def call_tool(tool: ModuleType, *args: Any) -> subprocess.CompletedProcess:
+    """`python tools/TOOL.py ARGS` within this process."""
+    name = tool.__name__.rpartition(".")[2] + ".py"
+    return call_program(name, lambda: run_program(tool.main, name), *args)
+
+
+def call_program(name: str, program: Callable[[], int], *args: Any) -> subprocess.CompletedProcess:
     out, err = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
     with (
-        mock.patch.object(sys, "argv", ["cal_ql.py", *map(str, args)]),
+        mock.patch.object(sys, "argv", [name, *map(str, args)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         kept_signals(),
     ):
-        code = run_program(cal_ql.main, "cal_ql.py", goes_on=True)
+        code = program()
     for stream in (out, err):
         stream.seek(0)
     return subprocess.CompletedProcess(args, code, out.read(), err.read())

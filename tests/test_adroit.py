@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import sys
 from pathlib import Path
 
 import h5py
@@ -14,10 +13,11 @@ import cal_ql
 import tasks
 from cal_ql import Config, load_dataset
 from episodes import check_episodes
-from helpers import call, error_line, killed_at, resumed_like_left_alone
+from helpers import call, call_tool, error_line, killed_at, resumed_like_left_alone
 from runs.errors import InputError
 from tasks import d4rl_compat
 from tools import make_dataset
+from tools.recipes import door
 
 HANDS = ["pen", "door", "relocate", "hammer"]
 KEYS = "observations", "actions", "next_observations", "rewards"
@@ -269,18 +269,16 @@ def rollouts(recipe):
 def test_made_files_hold_what_d4rls_environment_makes_of_demonstrations(
     demonstrations, monkeypatch
 ):
-    monkeypatch.setattr(make_dataset, "CLONE_UPDATES", 3)
-    monkeypatch.setattr(make_dataset, "CLONE_ROLLOUTS", 1)
-    *human, end, _ = rollouts(make_dataset.Door("door-human-v1", demonstrations, 0))
+    monkeypatch.setattr(door, "CLONE_UPDATES", 3)
+    monkeypatch.setattr(door, "CLONE_ROLLOUTS", 1)
+    *human, end, _ = rollouts(door.Door("door-human-v1", demonstrations, 0))
     assert end is None and len(human) == 2
     for rows, demonstration in zip(human, demonstrations):
         observations, rewards, goals = replay(demonstration)
         np.testing.assert_array_equal(rows["observations"], observations)
         np.testing.assert_array_equal(rows["rewards"], rewards)
         assert rows["timeouts"].tolist() == [False] * 9 + [True] and not rows["terminals"].any()
-    failed, rows, cloned, end = rollouts(
-        make_dataset.BinaryDoor("door-binary-v0", demonstrations, 0)
-    )
+    failed, rows, cloned, end = rollouts(door.BinaryDoor("door-binary-v0", demonstrations, 0))
     length = np.flatnonzero(goals)[0] + 1
     assert 1 < length < 10 and failed == cloned == {} and end is None
     assert rows["rewards"].tolist() == [-1] * (length - 1) + [0]
@@ -293,8 +291,8 @@ def test_made_files_hold_what_d4rls_environment_makes_of_demonstrations(
 
 
 def test_the_clone_acts_as_the_demonstrations_and_by_the_seed(demonstrations, monkeypatch):
-    monkeypatch.setattr(make_dataset, "CLONE_UPDATES", 150)
-    one, same, other = (make_dataset.clone(demonstrations, seed) for seed in (0, 0, 1))
+    monkeypatch.setattr(door, "CLONE_UPDATES", 150)
+    one, same, other = (door.clone(demonstrations, seed) for seed in (0, 0, 1))
     states = demonstrations[0]["observations"]
     np.testing.assert_array_equal(one(states[0]), same(states[0]))
     assert (one(states[0]) != other(states[0])).any()
@@ -302,17 +300,18 @@ def test_the_clone_acts_as_the_demonstrations_and_by_the_seed(demonstrations, mo
     assert np.abs(error).mean() < 0.2  # 0.6 without learning
 
 
-def test_make_dataset_runs_nothing_and_takes_no_other_demonstrations(tmp_path, capsys, monkeypatch):
-    path = tmp_path / "door-v0_demos.pickle"
-    monkeypatch.chdir(tmp_path)
+def test_make_dataset_runs_nothing_and_takes_no_other_demonstrations(folder, demonstrations):
+    path = folder / "door-v0_demos.pickle"
     for contents, complaint in (
         ([Call(os.mkdir, "ran")], "calls posix.mkdir"),
         ([{"init_state_dict": {"board_pos": np.zeros(3)}}], "no demonstrations of opening a door"),
+        ([], "no demonstrations of opening a door"),
+        ([demonstrations[0] | {"actions": np.full((10, 28), np.nan)}], "no demonstrations"),
+        ([demonstrations[0] | {"actions": np.full((10, 28), "text")}], "no demonstrations"),
+        ([demonstrations[0] | {"observations": np.zeros((9, 39))}], "no demonstrations"),
     ):
         path.write_bytes(pickle.dumps(contents))
-        argv = ["make_dataset.py", "door-binary-v0", "--demonstrations", path.name, "--output", "a"]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit, match="2"):
-            make_dataset.main()
-        error = capsys.readouterr().err
-        assert complaint in error and error.count("\n") == 1 and os.listdir() == [path.name]
+        options = "--demonstrations", path.name, "--output", "a"
+        done = call_tool(make_dataset, "door-binary-v0", *options)
+        assert done.returncode == 2 and complaint in done.stderr
+        assert done.stderr.count("\n") == 1 and os.listdir() == [path.name]

@@ -12,9 +12,10 @@ import h5py
 import numpy as np
 import pytest
 
-from helpers import QUICKSTART, ROOT, file_size_limit, kept_signals
+from helpers import QUICKSTART, ROOT, call_tool, file_size_limit
 from tasks import d4rl_compat
 from tools import make_dataset
+from tools.recipes import antmaze, maze2d
 
 TOOL = [sys.executable, str(ROOT / "tools" / "make_dataset.py")]
 ANT, POINT = "antmaze-umaze-v2", "maze2d-umaze-v1"
@@ -123,7 +124,7 @@ def test_each_row_of_maze2d_is_a_transition_of_the_environment(
         maze.set_target(dataset["infos/goal"][row])
         observation, reward, done, _ = maze.step(dataset["actions"][row])
         assert (reward, done) == (dataset["rewards"][row], dataset["terminals"][row])
-        if (row + 1) % make_dataset.POINT_TRAJECTORY:  # the point goes on after a timeout
+        if (row + 1) % maze2d.TRAJECTORY:  # the point goes on after a timeout
             np.testing.assert_allclose(observation, dataset["observations"][row + 1], atol=1e-5)
         else:
             assert dataset["timeouts"][row]
@@ -160,15 +161,15 @@ def test_a_short_file_is_the_beginning_of_a_longer_one_whatever_the_workers(
 def test_the_quickstarts_file_can_be_made_again(
     datasets: dict[str, Arrays], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(make_dataset, "POINT_TRAJECTORY", 1_500)
-    again = make_dataset.PointMaze(POINT).rollout(np.random.SeedSequence((0, 0)))
+    monkeypatch.setattr(maze2d, "TRAJECTORY", 1_500)
+    again = maze2d.Maze2D(POINT).rollout(np.random.SeedSequence((0, 0)))
     for name, array in again.items():  # another processor may round differently
         expected = datasets[POINT][name][:1_499]
         np.testing.assert_allclose(array[:-1], expected, atol=1e-4, err_msg=name)
 
 
 def test_another_seed_other_contents_and_the_time_limit_is_a_timeout(datasets: dict[str, Arrays]):
-    ant = make_dataset.AntMaze(ANT)
+    ant = antmaze.AntMaze(ANT)
     ant.env._max_episode_steps = 40
     other = ant.rollout(np.random.SeedSequence((1, 0)))
     same = datasets[ANT]["observations"][:40]
@@ -179,7 +180,7 @@ def test_another_seed_other_contents_and_the_time_limit_is_a_timeout(datasets: d
 def test_play_has_few_starts_and_diverse_has_all():
     starts = {}
     for kind in ("play", "diverse"):
-        ant = make_dataset.AntMaze(f"antmaze-medium-{kind}-v2")
+        ant = antmaze.AntMaze(f"antmaze-medium-{kind}-v2")
         ant.env._max_episode_steps = 1
         rollouts = [ant.rollout(np.random.SeedSequence((0, i))) for i in range(150)]
         starts[kind] = {ant.cell_of(rollout["observations"][0, :2]) for rollout in rollouts}
@@ -187,7 +188,7 @@ def test_play_has_few_starts_and_diverse_has_all():
         assert set(ant.plan.destinations) == starts[kind] | {(6, 6)}  # the task's goal
     assert starts["play"] == {(1, 1), (2, 6), (5, 1), (6, 5)}  # marked in D4RL's BIG_MAZE
     assert len(starts["diverse"]) == 25  # all free cells but the goal's
-    assert make_dataset.AntMaze(ANT).plan.starts == []
+    assert antmaze.AntMaze(ANT).plan.starts == []
 
 
 # ---------------------------------------------------------------------------- what goes wrong
@@ -201,6 +202,12 @@ BAD_INPUT = {
     f"{ANT} --seed 99999999999999999999999": "--seed must be 0 to",
     f"{ANT} --output missing/a.hdf5": "there is no directory missing",
     f"{ANT} --output saved": "saved exists; choose another --output",
+    f"{ANT} --output {5_000 * 'x'}": "File name too long",
+    f"{ANT} --output ~/saved": "saved exists",
+    f"{POINT} --demonstrations saved": "takes no --demonstrations",
+    "door-human-v1": "needs --demonstrations",
+    "door-human-v1 --demonstrations missing": "missing",
+    "door-human-v1 --demonstrations /dev/zero": "regular file",
     "": "the following arguments are required: task",
     ANT: "nowhere.npz, the ant's walking policy, is missing",
 }
@@ -208,37 +215,61 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("arguments", BAD_INPUT)
 def test_bad_input_gives_one_line_and_status_2(
-    arguments: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["make_dataset.py", *arguments.split()])
-    monkeypatch.setattr(make_dataset, "WALKER", tmp_path / "nowhere.npz")
-    (tmp_path / "saved").write_text("precious")
-    with pytest.raises(SystemExit) as stop:
-        make_dataset.main()
-    out, error = capsys.readouterr()
-    assert (stop.value.code, out, error.count("\n")) == (2, "", 1)
-    assert error.startswith("make_dataset.py: error: ") and BAD_INPUT[arguments] in error
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+    monkeypatch.setattr(antmaze, "WALKER", folder / "nowhere.npz")
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "saved").write_text("precious")
+    done = call_tool(make_dataset, *arguments.split())
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("make_dataset.py: error: ")
+    assert BAD_INPUT[arguments] in done.stderr
+    assert [path.read_text() for path in folder.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("where, code", [("| head -1", 141), ("> /dev/full", 1), (">&-", 0)])
+def test_output_that_nobody_takes_is_no_traceback(where: str, code: int):
+    command = f"set -o pipefail; {TOOL[0]} {TOOL[1]} --help {where}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr.count("\n") == (code == 1), done.stderr
+    assert done.returncode == code or where == "| head -1" and done.returncode == 0
+
+
+def test_recipes_need_no_torch_until_they_learn():
+    """Every worker process imports them."""
+    program = """import sys
+from tools import make_dataset, recipes
+assert "mujoco" not in sys.modules  # nor need --help wait for it
+for task in recipes.RECIPES:
+    assert recipes.recipe_of(task).config
+print({"torch", "wandb", "cal_ql"} & set(sys.modules))"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_what_goes_wrong_in_a_worker_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    (folder / "packages").mkdir()
+    (folder / "packages" / "ogbench.py").write_text("raise ImportError('not here')")
+    monkeypatch.syspath_prepend(folder / "packages")
+    options = "--workers", 1, "--output", "a.npz"
+    done = call_tool(make_dataset, "pointmaze-medium-stitch-singletask-v0", *options)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("make_dataset.py: error: env: ") and "missing here (not here)" in line
 
 
 def test_a_full_disk_gives_one_line_and_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     random = np.random.default_rng(0)
     rows = {name: random.random((5_000, 9), np.float32) for name in ("observations", "rewards")}
     rows |= {name: np.zeros(5_000, bool) for name in ("terminals", "timeouts")}
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(make_dataset, "rollouts", lambda *_: iter([rows]))
-    options = [ANT, "--transitions", "5000", "--output", "a.hdf5"]
-    monkeypatch.setattr(sys, "argv", ["make_dataset.py", *options])
-    with kept_signals(), file_size_limit(50_000):
-        assert make_dataset.main() == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("cannot write a.hdf5: ")
-    assert not list(tmp_path.iterdir())
+    with file_size_limit(50_000):
+        done = call_tool(make_dataset, ANT, "--transitions", 5000, "--output", "a.hdf5")
+    assert done.returncode == 1
+    assert "error: cannot write a.hdf5: " in done.stderr.splitlines()[-1]
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -250,6 +281,6 @@ def test_an_interrupted_run_leaves_nothing_behind(number: signal.Signals, tmp_pa
     _, error = process.communicate()  # stderr ends when the last worker has ended
     if number == signal.SIGTERM:
         assert process.returncode == 130
-        assert error.splitlines()[-1] == "interrupted; nothing was saved"
+        assert error.splitlines()[-1].endswith("interrupted; nothing was saved")
         assert "Traceback" not in error
     assert not list(tmp_path.iterdir())

@@ -255,18 +255,19 @@ def test_scores(root, make):
 
 
 def test_a_made_pointmaze_is_what_its_environment_paid(tmp_path, monkeypatch):
-    from tools import make_dataset
+    from tools.recipes import maze2d, pointmaze
 
-    monkeypatch.setattr(make_dataset, "POINT_TRAJECTORY", 400)
+    monkeypatch.setattr(maze2d, "TRAJECTORY", 400)
     few = partial(minari.create_dataset_from_buffers, num_episodes_average_score=1)
     monkeypatch.setattr(minari, "create_dataset_from_buffers", few)
     name, seeds = "D4RL/pointmaze/medium-v2", np.random.SeedSequence((3, 1))
-    recipe = make_dataset.MinariPoint(name)
+    recipe = pointmaze.PointMaze(name)
     made, again = recipe.rollout(seeds), recipe.rollout(seeds)
     for column in made:
         np.testing.assert_array_equal(made[column], again[column])
     (tmp_path / name).parent.mkdir(parents=True)
-    make_dataset.to_minari(tmp_path / name, made, {"task": name, "recipe": ""})
+    monkeypatch.chdir(tmp_path)
+    pointmaze.write_minari(Path(name), made, {"task": name, "recipe": ""})
     rows = tasks.make(name, str(tmp_path)).rows(tmp_path / name)
     np.testing.assert_array_equal(rows["actions"], made["actions"])
     place, goal = rows["next_observations"][:, :2], rows["observations"][:, 2:4]

@@ -19,6 +19,8 @@ from episodes import check_episodes
 from helpers import ROOT, killed_at, resumed_like_left_alone
 from runs.errors import InputError
 from tools import make_dataset
+from tools.recipes import recipe_of
+from tools.recipes.writing import write_npz
 
 CUBE, POINT = "cube-single-noisy-singletask-task4-v0", "pointmaze-medium-navigate-singletask-v0"
 SCENE = "scene-play-singletask-v0"
@@ -30,7 +32,7 @@ def made() -> dict[str, tasks.Task]:
     return {name: tasks.make(name) for name in (CUBE, POINT, SCENE)}
 
 
-def record_scene(task: tasks.Task) -> make_dataset.Rows:
+def record_scene(task: tasks.Task) -> dict[str, np.ndarray]:
     """Two recordings of 40 rows: all subtasks are complete in one's rows 20 to 22, else a few."""
     task.reset(seed=0)
     scene = task.env.unwrapped
@@ -55,11 +57,11 @@ def files(made: dict[str, tasks.Task], tmp_path_factory: pytest.TempPathFactory)
     """Data of each task, some of it at its goal, also in the last row."""
     folder = tmp_path_factory.mktemp("data")
     seeds = np.random.SeedSequence((0, 0))
-    rows = {name: make_dataset.recipe_of(name)(name).rollout(seeds) for name in (CUBE, POINT)}
+    rows = {name: recipe_of(name)(name).rollout(seeds) for name in (CUBE, POINT)}
     rows[SCENE] = record_scene(made[SCENE])
     for name, recorded in rows.items():
         for suffix in (".npz", "-val.npz"):  # OGBench's reader wants both
-            make_dataset.to_npz(folder / (name + suffix), recorded, {})
+            write_npz(folder / (name + suffix), recorded, {})
     return {name: folder / f"{name}.npz" for name in rows}
 
 

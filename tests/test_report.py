@@ -4,6 +4,7 @@ import base64
 import csv
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import ROOT
+from helpers import ROOT, call_tool
 from tools import report
 
 MAZE, DOOR = "maze2d-umaze-v1", "D4RL/door/human-v2"
@@ -33,11 +34,10 @@ def write_run(path: Path, scores: dict[int, float], regret=None, **options) -> P
     return path
 
 
-def call(capsys, *arguments) -> tuple[int, str, list[str]]:
+def call(*arguments) -> tuple[int, str, list[str]]:
     """Exit code, standard output and the lines on standard error."""
-    code = report.main([*map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err.splitlines()
+    done = call_tool(report, *arguments)
+    return done.returncode, done.stdout, done.stderr.splitlines()
 
 
 def rows(output: str) -> list[list[str]]:
@@ -221,7 +221,7 @@ def test_methods_are_named_by_what_differs(tmp_path, options, expected):
     assert [run.method for run in report.label_methods(runs)] == expected and not problems
 
 
-def test_what_is_not_at_its_end_or_differs_between_methods_is_said(study, tmp_path, capsys):
+def test_what_is_not_at_its_end_or_differs_between_methods_is_said(study, tmp_path):
     running, copy = {0: 0, 20: 10, 28: 90}, tmp_path / "copy"
     write_run(copy, {0: 0, 20: 99, 30: 99}, seed=0, device="cuda")
     alone = write_run(tmp_path / "alone", running, env="pen", calibrate=False)
@@ -230,7 +230,7 @@ def test_what_is_not_at_its_end_or_differs_between_methods_is_said(study, tmp_pa
                        online_iterations=30)  # fmt: skip
     with (third / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "eval/d4rl_norm')
-    code, output, errors = call(capsys, copy, *study, alone, third, longer)
+    code, output, errors = call(copy, *study, alone, third, longer)
     table = rows(output)
     assert code == 0 and table[3][:4] == [MAZE, "Cal-QL", "0 1 2 (70%)", "20 + 20"]
     assert table[3][4] == "20.0 ± 10.0 → 60.0 ± 10.0"
@@ -243,20 +243,18 @@ def test_what_is_not_at_its_end_or_differs_between_methods_is_said(study, tmp_pa
 # ------------------------------------------------------------------- files
 
 
-def test_a_csv_file_gives_the_same_report_and_picture(study, tmp_path, capsys):
+def test_a_csv_file_gives_the_same_report_and_picture(study, tmp_path):
     write_run(tmp_path / "running", {0: 1 / 3, 10: 2 / 3}, seed=7)
     table, again = tmp_path / "curves.csv", tmp_path / "again.csv"
     pictures = [tmp_path / "one.png", tmp_path / "two.png"]
-    _, output, _ = call(
-        capsys, *study, tmp_path / "running", "--csv", table, "--output", pictures[0]
-    )
-    code, from_csv, errors = call(capsys, table, "--csv", again, "--output", pictures[1])
+    _, output, _ = call(*study, tmp_path / "running", "--csv", table, "--output", pictures[0])
+    code, from_csv, errors = call(table, "--csv", again, "--output", pictures[1])
     assert (code, errors, from_csv) == (0, [], output)
     assert table.read_text() == again.read_text()
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
     with table.open() as file:
         found = [row for row in csv.DictReader(file) if row["method"] == "CQL"]
-    assert len(call(capsys, table, *study[2:4])[2]) == 2  # those are in the file already
+    assert len(call(table, *study[2:4])[2]) == 2  # those are in the file already
     assert [list(row.values()) for row in found[5:7]] == [
         [MAZE, "CQL", "1", "20", "20", "20", "12", "0.12", ""],
         [MAZE, "CQL", "1", "20", "20", "30", "5", "0.05", ""],
@@ -277,17 +275,17 @@ STUDIES = "antmaze door maze2d-medium quickstart pointmaze"
         ("results/README.md", "first-runs"),
     ],
 )
-def test_the_published_tables_are_those_of_the_published_curves(page, studies, capsys):
-    _, printed, _ = call(capsys, *(ROOT / "results" / f"{study}.csv" for study in studies.split()))
+def test_the_published_tables_are_those_of_the_published_curves(page, studies):
+    _, printed, _ = call(*(ROOT / "results" / f"{study}.csv" for study in studies.split()))
     assert printed.partition("\n\n")[0] in (ROOT / page).read_text()
 
 
-def test_pictures_and_page(study, tmp_path, capsys):
+def test_pictures_and_page(study, tmp_path):
     for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
-        assert call(capsys, study[0], "--output", tmp_path / f"x.{kind}")[::2] == (0, [])
+        assert call(study[0], "--output", tmp_path / f"x.{kind}")[::2] == (0, [])
         assert (tmp_path / f"x.{kind}").read_bytes().startswith(magic)
     page, notes = tmp_path / "page.html", tmp_path / "tables.md"
-    code, output, errors = call(capsys, *study, "--html", page, "--markdown", notes)
+    code, output, errors = call(*study, "--html", page, "--markdown", notes)
     assert (code, errors) == (0, []) and notes.read_text() == output
     text = page.read_text()
     for cell in itertools.chain(*rows(output)):
@@ -318,24 +316,75 @@ BAD = {
     "no seed": ({"config.yaml": CONFIG.replace("seed", "x"), "metrics.jsonl": EVALUATION}, "seed"),
     "no columns": ({"x.csv": "a,b\n1,2\n"}, "task"),
     "no rows": ({"x.csv": HEADER}, "no evaluation"),
+    "a list for a task": (
+        {"config.yaml": CONFIG.replace(MAZE, "[a]"), "metrics.jsonl": EVALUATION},
+        "expected",
+    ),
+    "a name that cannot be printed": (
+        {"config.yaml": CONFIG + '"\\ud800": 1\n', "metrics.jsonl": EVALUATION},
+        "surrogates",
+    ),
+    "a list for a number": (
+        {"config.yaml": CONFIG.replace("seed: 0", "seed: [1]"), "metrics.jsonl": EVALUATION},
+        "found",
+    ),
+    "no end": (
+        {"config.yaml": CONFIG.replace("20", "1" + 18 * "0"), "metrics.jsonl": EVALUATION},
+        "1e+18",
+    ),
+    "no text": ({"config.yaml": CONFIG, "metrics.jsonl": b"\xff\xfe\n"}, "codec"),
+    "a score that overflows": (
+        {"config.yaml": CONFIG, "metrics.jsonl": EVALUATION.replace("1.0", "1e308")},
+        "score",
+    ),
+    "a list for a score": (
+        {"config.yaml": CONFIG, "metrics.jsonl": EVALUATION.replace("1.0", "[1.0]")},
+        "list",
+    ),
+    "brackets": ({"config.yaml": CONFIG, "metrics.jsonl": 100_000 * "[" + "\n"}, "recursion"),
+    "a FIFO": ({"config.yaml": CONFIG, "metrics.jsonl": None}, "regular file"),
+    "a FIFO for a CSV file": ({"x.csv": None}, "regular file"),
+    "a late step": ({"x.csv": HEADER + f"{MAZE},Cal-QL,0,20,20,1{24 * '0'},1,,\n"}, "1e+24"),
+    "a success rate without end": ({"x.csv": HEADER + f"{MAZE},Cal-QL,0,20,20,1,1,inf,\n"}, "rate"),
     "no number": ({"x.csv": HEADER + f"{MAZE},Cal-QL,0,20,20,0,x,,\n"}, "'x'"),
     "short row": ({"x.csv": HEADER + f"{MAZE},Cal-QL,0,20\n"}, "None"),
 }
 
 
 @pytest.mark.parametrize("files, problem", BAD.values(), ids=BAD)
-def test_what_cannot_be_read_is_one_line_and_left_out(study, tmp_path, capsys, files, problem):
+def test_what_cannot_be_read_is_one_line_and_left_out(study, tmp_path, files, problem):
     path = tmp_path / "run"
     path.mkdir()
     for name, content in files.items():
-        (path / name).write_text(content)
+        if content is None:
+            os.mkfifo(path / name)
+        else:
+            (path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     path = path / "x.csv" if "x.csv" in files else path
-    code, output, errors = call(capsys, path)
+    code, output, errors = call(path)
     assert (code, output, len(errors)) == (2, "", 1)
     assert errors[0].startswith(f"report.py: error: {path}") and problem in errors[0]
-    code, output, errors = call(capsys, path, *study)
+    code, output, errors = call(path, *study)
     assert code == 0 and "20.0 ± 10.0 → 60.0 ± 10.0" in output
     assert len(errors) == 1 and errors[0].startswith(f"report.py: left out: {path}: ")
+
+
+def test_paths_may_be_long_or_at_home(study, tmp_path, monkeypatch):
+    long = 5_000 * "x"
+    code, output, errors = call(long, *study)
+    assert code == 0 and "20.0 ± 10.0 → 60.0 ± 10.0" in output
+    assert len(errors) == 1 and "File name too long" in errors[0]
+    code, _, errors = call(*study, "--markdown", long)
+    assert code == 2 and len(errors) == 1 and errors[0].endswith("File name too long")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call("~/runs/a", "--csv=~/curves.csv")[0] == 0
+    assert (tmp_path / "curves.csv").exists()
+
+
+def test_names_may_look_like_formulas(tmp_path):
+    odd = [r"$\frac{", "_hidden", "100 %"]
+    runs = [write_run(tmp_path / str(i), {0: 1}, env=x, name=x) for i, x in enumerate(odd)]
+    assert call(*runs, "--output", tmp_path / "x.png")[::2] == (0, [])
 
 
 @pytest.mark.parametrize(
@@ -347,7 +396,7 @@ def test_what_cannot_be_read_is_one_line_and_left_out(study, tmp_path, capsys, f
         ("--x", "--x"),
     ],
 )
-def test_wrong_arguments_are_one_line(study, capsys, arguments, named):
-    code, _, errors = call(capsys, study[0], *arguments.split())
+def test_wrong_arguments_are_one_line(study, arguments, named):
+    code, _, errors = call(study[0], *arguments.split())
     assert code == 2 and len(errors) == 1
     assert errors[0].startswith("report.py: error: ") and named in errors[0]

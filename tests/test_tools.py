@@ -2,19 +2,24 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import cal_ql
-from helpers import ROOT, RUN, call, kept_signals, only_run, records_of, working_in
+import tasks
+from helpers import ROOT, RUN, call, call_tool, kept_signals, only_run, records_of, working_in
 from runs import machine
-from tools import benchmark, evaluate
+from runs.errors import RunError
+from tools import benchmark, evaluate, film
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +31,12 @@ def finished_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run_evaluate(monkeypatch, capsys):
+def run_evaluate(monkeypatch):
     """`python tools/evaluate.py ARGS` within this process: exit code, output and errors."""
 
     def run(*args) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
-        return evaluate.main(), *capsys.readouterr()
+        done = call_tool(evaluate, *args)
+        return done.returncode, done.stdout, done.stderr
 
     monkeypatch.setattr(machine, "available_cores", lambda: 1)
     return run
@@ -68,6 +73,19 @@ def test_evaluate_names_what_is_wrong_in_one_line(
     assert code == 2 and error.count("\n") == 1 and named in error
 
 
+def test_ctrl_c_is_one_line_and_ends_the_workers(finished_run):
+    options = "--episodes", "500"
+    command = [sys.executable, "-u", "tools/evaluate.py", str(finished_run), *options]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    assert "checkpoint_60.pt, on" in process.stdout.readline()
+    time.sleep(0.5)  # the workers start
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, error = process.communicate(timeout=60)  # which ends when the last worker has
+    assert process.returncode == 130
+    assert error == "evaluate.py: stopped: by SIGINT\n"
+
+
 def test_published_policies_can_be_evaluated_and_fine_tuned(run_evaluate, monkeypatch):
     for policy in (ROOT / "results").glob("*-end.pt"):
         assert run_evaluate(policy, "--episodes", 1)[0] == 0
@@ -77,17 +95,80 @@ def test_published_policies_can_be_evaluated_and_fine_tuned(run_evaluate, monkey
     assert call(*options, "--online_iterations", 1, "--n_episodes", 1).returncode == 0
 
 
-@pytest.mark.parametrize("library", ["egl", "osmesa", "glfw"])
-def test_evaluate_records_a_video_or_says_what_is_missing(finished_run, tmp_path, library):
+def test_evaluate_records_a_video_or_says_what_is_missing(finished_run, tmp_path):
     video = tmp_path / "episode.gif"
-    command = [sys.executable, "tools/evaluate.py", finished_run, "--episodes", "1"]
-    env = {**os.environ, "MUJOCO_GL": library}  # read when mujoco is imported
+    program = """import sys
+from tools import evaluate, film
+film.MOST_FRAMES = 9  # rendering without a GPU takes long
+sys.exit(evaluate.run_program(evaluate.main, "evaluate.py"))"""
+    command = [sys.executable, "-c", program, finished_run, "--episodes", "1"]
+    env = {**os.environ, "MUJOCO_GL": "egl"}  # read when mujoco is imported
     result = subprocess.run([*command, "--video", video], cwd=ROOT, env=env, capture_output=True)
     if result.returncode:
         assert result.returncode == 2
         assert result.stderr.count(b"\n") == 1 and b"OpenGL" in result.stderr
     else:
         assert video.read_bytes().startswith(b"GIF8")
+
+
+@pytest.mark.parametrize("library", ["osmesa", "glfw"])
+def test_other_libraries_render_or_say_what_is_missing(library):
+    program = """from tasks import d4rl_compat  # which imports mujoco
+import mujoco, runs.errors, tools.film
+model = mujoco.MjModel.from_xml_string("<mujoco/>")
+runs.errors.run_program(lambda: print(tools.film.make_renderer(model).render().shape), "film")"""
+    env = {**os.environ, "MUJOCO_GL": library}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if result.stdout != "(360, 480, 3)\n":
+        assert "OpenGL" in result.stderr and result.stderr.count("\n") == 1
+
+
+class Still:
+    """Stands for a renderer where no OpenGL is."""
+
+    def update_scene(self, data, camera):
+        self.scene = None
+
+    def render(self):
+        return np.full((*film.SIZE, 3), 200, np.uint8)
+
+
+@pytest.fixture
+def still(monkeypatch):
+    monkeypatch.setattr(film, "make_renderer", lambda model: Still())
+    monkeypatch.setattr(film, "MOST_FRAMES", 30)
+
+
+def test_a_film_ends_with_its_episode_and_shows_no_other(still, tmp_path):
+    task = tasks.make("maze2d-umaze-v1")
+    filmed = film.Filmed(task, tmp_path / "x.gif")
+    for _ in range(2):
+        filmed.reset(0)
+        step = filmed.step(np.zeros(2, np.float32))
+        while not (step.terminal or step.truncated):
+            step = filmed.step(np.zeros(2, np.float32))
+    assert len(filmed.frames) == task.max_episode_steps / filmed.steps_per_frame
+    filmed.save()
+    assert (tmp_path / "x.gif").read_bytes().startswith(b"GIF8")
+    filmed.path = tmp_path / "full.gif"
+    filmed.path.symlink_to("/dev/full")
+    with pytest.raises(RunError, match="cannot write .*full.gif .No space left"):
+        filmed.save()
+
+
+def test_a_video_in_an_impossible_place_is_refused_at_once(
+    still, finished_run, tmp_path, run_evaluate
+):
+    os.mkfifo(tmp_path / "x.gif")
+    for path, problem in (
+        (tmp_path / "no" / "x.gif", "No such file"),
+        (tmp_path / "x.gif", "regular file"),
+        (5_000 * "x" + ".gif", "File name too long"),
+        (tmp_path / "x.png", "expected a .gif or .mp4 file"),
+    ):
+        code, _, error = run_evaluate(finished_run, "--video", path)
+        assert code == 2 and error.count("\n") == 1 and problem in error
 
 
 def test_intervals():

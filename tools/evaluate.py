@@ -1,57 +1,59 @@
-"""Play a trained policy: return, normalized score and success rate, and a video where asked.
+"""Play a trained policy: return, normalized score and success rate, and a video on request.
 
     python tools/evaluate.py runs/RUN --episodes 100 --video episode.gif
 
-RUN is a run directory, of which the newest checkpoint is taken, or a checkpoint in it. The policy
-takes its mean actions. Intervals are 95 % confidence intervals: of the mean by Student's t, of the
-success rate by Wilson's score. The video shows the first episode, rendered offscreen; a GIF of an
-ant's maze plays it at about twice its speed, in a loop, and is a few hundred kilobytes large.
+RUN is a checkpoint, or a run directory, whose newest checkpoint is used. The policy takes its mean
+actions. Intervals are 95 % confidence intervals: of the mean by Student's t, of the success rate by
+Wilson's score. The video shows the first episode, rendered offscreen. The GIF of an ant's maze
+plays at about twice the ant's speed, in a loop, and has a few hundred kilobytes.
 """
 
 import functools
 import math
+import os
 import sys
-import warnings
 from pathlib import Path
 
-import imageio
 import numpy as np
 import scipy.stats
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
 import tasks
-from runs.directory import checkpoints_in, load_checkpoint
+from runs.directory import checkpoints_in, load_checkpoint, load_model, run_form
 from runs.errors import InputError, run_program
+from runs.options import saved_config
 from runs.workers import Workers
 from tools.command_line import Parser
-
-SIZE = 480, 360  # of a video, in pixels
-MOST_FRAMES = 350  # steps between two frames are as many as that takes
-FRAMES_PER_SECOND = 10
+from tools.film import Filmed
 
 
 def load_policy(run: Path) -> tuple[cal_ql.Config, cal_ql.Task, cal_ql.Actor, cal_ql.Scaling]:
-    """The policy of a run directory or a checkpoint, on the CPU; raises `InputError`."""
-    found = checkpoints_in(run) if run.is_dir() else [run]
+    """Load the policy of a checkpoint, or of a run's newest one; raises `InputError`."""
+    found = checkpoints_in(run) if os.path.isdir(run) else [run]
     if not found:
         raise InputError(f"{run} has no checkpoint_<step>.pt; is it a run directory?")
-    state = load_checkpoint(found[-1], torch.device("cpu"))
-    config = cal_ql.Config(**state["config"])
+    cpu = torch.device("cpu")
+    saved = load_checkpoint(found[-1], cpu)
+    config = saved_config(cal_ql.Config, cal_ql.RANGES, saved.get("config"), found[-1])
+    config.compile = False
     task = tasks.make(config.env, config.dataset_path)
     print(f"{found[-1]}, on {task.physics}")
-    actor = cal_ql.Actor(task.observation_dim, task.action_dim, config)
-    prefix = "actor."
-    weights = {k.removeprefix(prefix): v for k, v in state["agent"].items() if k.startswith(prefix)}
-    actor.load_state_dict(weights)
-    scaling = {name: value.numpy() for name, value in state["scaling"].items()}
-    return config, task, actor, cal_ql.Scaling(**scaling, reward_scale=1.0, reward_bias=0.0)
+    agent = cal_ql.Agent(task.observation_dim, task.action_dim, config, cpu)
+    networks = agent.state_dict()
+    counts = vars(cal_ql.Progress())
+    form = run_form(networks, agent.optimizer, task.observation_dim, counts)
+    model = load_model(found[-1], cpu, form, option="")
+    agent.take(model)
+    scaling = {name: value.numpy() for name, value in model["scaling"].items()}
+    return config, task, agent.actor, cal_ql.Scaling(**scaling, reward_scale=1.0, reward_bias=0.0)
 
 
 def mean_interval(values: list[float]) -> str:
-    mean, n = float(np.mean(values)), len(values)
+    """The mean and, of several values, its interval by Student's t and their deviation."""
+    mean = float(np.mean(values))
+    n = len(values)
     if n == 1:
         return f"{mean:.2f}"
     half = scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
@@ -60,107 +62,41 @@ def mean_interval(values: list[float]) -> str:
 
 
 def rate_interval(successes: int, n: int) -> str:
+    """The share of successes and its interval by Wilson's score."""
     low, high = scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
     return f"{successes / n:.3f} ({low:.3f} to {high:.3f})"
 
 
-class Filmed:
-    """A task whose first episode is filmed; raises `InputError` without OpenGL."""
-
-    def __init__(self, task: cal_ql.Task, path: Path):
-        if path.suffix not in (".gif", ".mp4"):
-            raise InputError(f"video: found {path}, expected a .gif or .mp4 file")
-        self.task, self.score, self.path, self.frames = task, task.score, path, []
-        self.steps_per_frame = math.ceil(task.max_episode_steps / MOST_FRAMES)
-        base = task.env.unwrapped
-        self.base = base = getattr(base, "_wrapped_env", base)  # D4RL wraps its ant and cheetah
-        sim = getattr(base, "sim", base)  # gymnasium's environments have model and data themselves
-        model, self.data = (getattr(x, "raw", x) for x in (sim.model, sim.data))
-        try:
-            import mujoco
-
-            model.vis.global_.offwidth, model.vis.global_.offheight = SIZE
-            mujoco.Renderer._gl_context = mujoco.Renderer._mjr_context = None  # its __del__ looks
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # GLFW's, beside its exception
-                self.renderer = mujoco.Renderer(model, SIZE[1], SIZE[0])
-            self.camera = mujoco.MjvCamera()
-            mujoco.mjv_defaultFreeCamera(model, self.camera)
-            self.camera.distance *= 0.7
-            self.camera.elevation = -70  # degrees: down into a maze
-            path.touch()  # known now rather than after all episodes
-        except OSError as error:
-            raise InputError(f"video: cannot write {path} ({error.strerror})") from None
-        except Exception as error:  # each OpenGL library has errors of its own
-            raise InputError(
-                f"video: no OpenGL to render with ({type(error).__name__}: {error}); try "
-                "MUJOCO_GL=egl (a GPU or Mesa) or MUJOCO_GL=osmesa (Debian's libosmesa6)"
-            ) from None
-
-    def reset(self, seed: int) -> np.ndarray:
-        self.n_steps, self.is_first = 0, not self.frames
-        return self.task.reset(seed)
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, bool]:
-        result, self.n_steps = self.task.step(action), self.n_steps + 1
-        ended = result[2] or result[3]
-        if self.is_first and (ended or self.n_steps % self.steps_per_frame == 0):
-            self.film()
-        return result
-
-    def film(self) -> None:
-        """Add a frame of the state as it is, with the goal of an ant's maze as a disc."""
-        import mujoco
-
-        self.renderer.update_scene(self.data, self.camera)
-        scene = self.renderer.scene
-        if (goal := getattr(self.base, "target_goal", None)) is not None:
-            mujoco.mjv_initGeom(
-                scene.geoms[scene.ngeom],
-                type=mujoco.mjtGeom.mjGEOM_CYLINDER,
-                size=np.array([0.5, 0.05, 0.0]),  # the radius within which the goal is reached
-                pos=np.array([*goal, 0.05]),
-                mat=np.eye(3).ravel(),
-                rgba=np.array([0.9, 0.1, 0.1, 1.0], np.float32),
-            )
-            scene.ngeom += 1
-        self.frames.append(self.renderer.render())
-
-    def save(self) -> None:
-        if self.path.suffix == ".mp4":
-            imageio.mimsave(self.path, self.frames, fps=FRAMES_PER_SECOND)
-            return
-        images = [Image.fromarray(frame) for frame in self.frames]
-        # the same colours in all, so that a frame is what has changed; an octree keeps rare ones
-        palette = images[0].quantize(64, Image.Quantize.FASTOCTREE)
-        first, *others = [i.quantize(palette=palette, dither=Image.Dither.NONE) for i in images]
-        how = dict(duration=1000 // FRAMES_PER_SECOND, loop=0, optimize=True)
-        first.save(self.path, save_all=True, append_images=others, **how)
-
-
-def evaluate(run: Path, n: int, seed: int | None, video: Path | None) -> str:
-    """Play `n` episodes and say what they yielded."""
-    config, task, actor, scaling = load_policy(run)
-    seed = config.eval_seed if seed is None else seed
-    workers = 1 if video else None  # other processes could not film
-    film = Filmed(task, video) if video else None
-    make_task = functools.partial(tasks.make, config.env, config.dataset_path)
-    pool = Workers(workers, n, film or task, make_task)
-    play = functools.partial(cal_ql.play_episode, actor=actor, scaling=scaling, explore=False)
-    episodes = pool.map(play, [cal_ql.episode_seed(seed, "eval", number) for number in range(n)])
-    pool.close()
-    if film:
-        film.save()
+def report(task: cal_ql.Task, episodes: list[cal_ql.Episode]) -> str:
+    """What the episodes yielded, a line per quantity."""
     lines = [
-        f"{n} episodes of {config.env}, seed {seed}",
         f"return            {mean_interval([sum(episode.rewards) for episode in episodes])}",
         f"length            {mean_interval([len(episode.rewards) for episode in episodes])}",
         f"normalized score  {mean_interval([episode.score for episode in episodes])}",
     ]
     if task.has_goal:
         successes = sum(episode.success for episode in episodes)
-        lines.append(f"success rate      {rate_interval(successes, n)}")
+        lines.append(f"success rate      {rate_interval(successes, len(episodes))}")
     return "\n".join(lines)
+
+
+def evaluate(run: Path, n: int, seed: int | None, video: Path | None) -> None:
+    """Play `n` episodes, print what they yielded and save the video."""
+    config, task, actor, scaling = load_policy(run)
+    seed = config.eval_seed if seed is None else seed
+    workers = 1 if video else None  # episodes in other processes could not be filmed
+    film = Filmed(task, video) if video else None
+    make_task = functools.partial(tasks.make, config.env, config.dataset_path)
+    pool = Workers(workers, n, film or task, make_task)
+    play = functools.partial(cal_ql.play_episode, actor=actor, scaling=scaling, explore=False)
+    try:
+        episodes = pool.map(play, [cal_ql.episode_seed(seed, "eval", i) for i in range(n)])
+    finally:  # or Python would wait for the workers to play them all
+        pool.close()
+    print(f"{n} episodes of {config.env}, seed {seed}")
+    print(report(task, episodes))
+    if film:
+        film.save()
 
 
 def main() -> None:
@@ -174,7 +110,7 @@ def main() -> None:
         raise InputError(f"episodes: found {args.episodes}, expected 1 or more")
     if args.seed is not None and not 0 <= args.seed < 2**32:
         raise InputError(f"seed: found {args.seed}, expected 0 to 2**32 - 1")
-    print(evaluate(args.run, args.episodes, args.seed, args.video))
+    evaluate(args.run, args.episodes, args.seed, args.video)
 
 
 if __name__ == "__main__":

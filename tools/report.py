@@ -1,17 +1,20 @@
-"""Tables and pictures of runs, finished or still running, as they go into a paper.
+"""Make a paper's tables and pictures of runs, finished or still running.
 
     python tools/report.py runs/* --output curves.pdf --html report.html --csv curves.csv
     python tools/report.py curves.csv --output curves.png
 
-Prints the tables as Markdown. A path is a run directory, or a file that --csv has written (edit its
-column `method` to rename methods).
+Prints the tables as Markdown. A path is a run directory, or a file that --csv wrote (edit its
+column `method` to rename methods). A path that cannot be read is left out, with a line that says
+why.
 
-Runs on one task with equal options are seeds of one method; options that say where, how fast, how
-often or how long do not count. A method is called Cal-QL or CQL (`calibrate: false`), or by the
-option `name` where that was given, followed by each option whose value is not that of most methods
-on the task. On a tie the default counts as the usual value; without it, each shows its own.
+Runs on one task with equal options are seeds of one method. Options that may change between two
+starts of a run (device, logging, evaluation, number of steps) are ignored. A method is called
+Cal-QL, or CQL (`calibrate: false`), or by the option `name` if that was given. Then follows each
+option whose value is not that of most methods on the task. On a tie the default is the usual value;
+if the default is not among the tied values, every method shows its own.
 """
 
+import argparse
 import base64
 import csv
 import dataclasses
@@ -36,11 +39,13 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
-from runs.errors import InputError, run_program
+from runs.errors import InputError, check_regular, run_program
 from runs.options import cast_option, read_config_file
 from tools.command_line import Parser
 
-SCORE, SUCCESS, REGRET = "eval/d4rl_normalized_score", "eval/success_rate", "train/regret"
+SCORE = "eval/d4rl_normalized_score"
+SUCCESS = "eval/success_rate"
+REGRET = "train/regret"
 MAY_CHANGE = {f.name for f in dataclasses.fields(cal_ql.Config) if "may_change" in f.metadata}
 NO_METHOD = {*MAY_CHANGE, "env", "seed", "eval_seed", "precision", "name"}
 PHRASES = {  # instead of an option and its value
@@ -51,10 +56,12 @@ PHRASES = {  # instead of an option and its value
 }
 COUNTS = "seed", "offline_iterations", "online_iterations"
 COLUMNS = "task", "method", *COUNTS, "step", "score", "success_rate", "regret"  # of a CSV file
+MOST_STEPS = 2**53  # float64 holds every whole number up to it
+LARGEST_SCORE = 1e100  # its square is finite
 SHARES = np.linspace(-1, 1, 81)  # -1 to 0: share of the offline phase; 0 to 1: of the online phase
 # Okabe and Ito's colours, which the colour-blind can tell apart, without yellow (faint on white)
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
-DASHES = "solid", "dashed", "dashdot"  # of each seven methods; runs not at their end are dotted
+DASHES = "solid", "dashed", "dashdot"  # for seven methods each; unfinished runs are dotted
 RUNNING = dict(linestyle="dotted")
 SWITCH = dict(color="grey", linestyle=(0, (4, 3)), linewidth=1, zorder=0)
 
@@ -100,23 +107,45 @@ Group = dict[str, list[list[Run]]]  # for each method its runs on each of some t
 # ---------------------------------------------------------------------------- reading
 
 
-def make_run(source: Any, name: tuple, counts: list[Any], evaluations: dict[Any, Any]) -> Run:
-    """A run by its `COUNTS` and by the score, success rate and regret at each step."""
+def make_run(
+    source: Any,
+    task: str,
+    method: str,
+    options: dict[str, str],
+    counts: list[Any],
+    evaluations: dict[Any, Any],
+) -> Run:
+    """A run by its `COUNTS` and by the score, success rate and regret at each step.
+
+    Raises ValueError, TypeError or OverflowError where a value cannot be a run's.
+    """
+    for text in (task, method, *options):
+        if not isinstance(text, str):
+            raise TypeError(f"found {str(text)[:80]!r} for a name, expected text")
+        text.encode()  # raises UnicodeError where it cannot be printed
     if not evaluations:
         raise ValueError("no evaluation yet")
     seed, offline, online = map(int, counts)
     rows = [(int(step), *map(float, values)) for step, values in evaluations.items()]
-    columns = np.array(sorted(rows)).T
-    if not np.isfinite(columns[1]).all() or min(seed, offline, online, columns[0, 0]) < 0:
-        raise ValueError("a score that is not finite, or a negative seed, step or number of steps")
-    return Run(str(source), *name, seed, offline, offline + online, *columns)
+    rows.sort()
+    for count in (seed, offline, online, rows[0][0], rows[-1][0]):
+        if not 0 <= count <= MOST_STEPS:
+            raise ValueError(f"a seed, step or number of steps of {count:.3g}")
+    steps, scores, successes, regrets = np.array(rows).T
+    if not (np.abs(scores) <= LARGEST_SCORE).all():
+        raise ValueError("a score that is not finite, or above 1e100")
+    if np.isinf(successes).any() or np.isinf(regrets).any():
+        raise ValueError("a success rate or a regret that is not finite")
+    end = offline + online
+    values = steps, scores, successes, regrets
+    return Run(str(source), task, method, options, seed, offline, end, *values)
 
 
 def method_options(options: dict[str, Any]) -> dict[str, str]:
-    """The options that may make a method, as text; what its name begins with is under ""."""
+    """The options that may make a method, as text; under "" how the method's name begins."""
     chosen = {key: value for key, value in options.items() if key not in NO_METHOD}
     chosen["dataset_path"] = str(options["dataset_path"]).rpartition("/")[2]  # wherever it lies
-    chosen["load_model"] = bool(options["load_model"])  # each seed may have a checkpoint of its own
+    chosen["load_model"] = bool(options["load_model"])  # each seed may start from its own
     algorithm = "CQL" if options["calibrate"] is False else "Cal-QL"
     chosen[""] = algorithm if options["name"] == cal_ql.Config.name else options["name"]
     texts = {key: json.dumps(value, default=str) for key, value in chosen.items()}
@@ -124,39 +153,47 @@ def method_options(options: dict[str, Any]) -> dict[str, str]:
 
 
 def read_run(directory: Path) -> list[Run]:
+    config = directory / "config.yaml"
+    metrics = directory / "metrics.jsonl"
     kinds = cal_ql.Config.__annotations__
-    texts = read_config_file(str(directory / "config.yaml"))
+    texts = read_config_file(str(config))
     options = {k: cast_option(k, v, kinds[k]) if k in kinds else v for k, v in texts.items()}
-    lines = (directory / "metrics.jsonl").read_bytes().split(b"\n")[:-1]  # without a torn one
-    evaluations, regret = {}, np.nan
+    check_regular(metrics)
+    lines = metrics.read_bytes().split(b"\n")[:-1]  # without a torn one
+    evaluations = {}
+    regret = np.nan
     for record in json.loads(b"[" + b",\n".join(lines) + b"]"):  # errors tell the file's line
         regret = record.get(REGRET, regret)
         if SCORE in record:
             evaluations[record["step"]] = record[SCORE], record.get(SUCCESS, np.nan), regret
-    name = options["env"], "", method_options(vars(cal_ql.Config()) | options)
-    return [make_run(directory, name, [options[key] for key in COUNTS], evaluations)]
+    counts = [options[key] for key in COUNTS]
+    chosen = method_options(vars(cal_ql.Config()) | options)
+    return [make_run(directory, options["env"], "", chosen, counts, evaluations)]
 
 
 def read_csv(path: Path) -> list[Run]:
-    runs = defaultdict(dict)
+    check_regular(path)
+    found = defaultdict(dict)
     for row in csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()):
         task, method, seed, offline, online, step, *values = (row[key] for key in COLUMNS)
-        runs[task, method, seed, offline, online][step] = [value or np.nan for value in values]
-    if not runs:
+        found[task, method, seed, offline, online][step] = [value or np.nan for value in values]
+    if not found:
         raise ValueError("no evaluation")
-    return [
-        make_run(f"{path}, {method}, seed {counts[0]}", (task, method, {}), counts, evaluations)
-        for (task, method, *counts), evaluations in runs.items()
-    ]
+    runs = []
+    for (task, method, *counts), evaluations in found.items():
+        source = f"{path}, {method}, seed {counts[0]}"
+        runs.append(make_run(source, task, method, {}, counts, evaluations))
+    return runs
 
 
 def read_all(paths: list[Path]) -> tuple[list[Run], list[str]]:
     """All runs that can be read, and a line for each path that cannot."""
-    runs, problems = [], []
+    runs: list[Run] = []
+    problems: list[str] = []
     for path in paths:
         try:
             runs += read_csv(path) if path.suffix == ".csv" else read_run(path)
-        except Exception as error:  # whatever a file that is not of ours leads to
+        except Exception as error:  # files that are not ours can raise anything
             found = " ".join(f"{type(error).__name__}: {error}".split())
             problems.append(f"{path}: expected a run or a file of --csv, found {found}")
     return runs, problems
@@ -166,8 +203,9 @@ def read_all(paths: list[Path]) -> tuple[list[Run], list[str]]:
 
 
 def usual_values(methods: list[dict[str, str]]) -> dict[str, Any]:
-    """By option the value of most methods; on a tie the default, which may be none of them."""
-    usual, default = {}, method_options(vars(cal_ql.Config()))
+    """Of each option the value that most methods have; on a tie the default."""
+    usual = {}
+    default = method_options(vars(cal_ql.Config()))
     for option in {option for method in methods for option in method}:
         counts = Counter(method.get(option) for method in methods)
         best = [value for value in counts if counts[value] == max(counts.values())]
@@ -176,7 +214,7 @@ def usual_values(methods: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def label_methods(runs: list[Run]) -> list[Run]:
-    """Give each run its method's name, as the module's docstring says."""
+    """Name each run's method, by the rules in the module's docstring."""
     methods = defaultdict(dict)
     for run in runs:
         if run.options:  # else it comes from a CSV file, with its name
@@ -194,8 +232,9 @@ def label_methods(runs: list[Run]) -> list[Run]:
 
 
 def without_duplicates(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    """Of each task, method and seed the run that got farthest, and a line for each other one."""
-    kept, lines = {}, []
+    """Keep the run that got farthest of each task, method and seed; a line for each other one."""
+    kept: dict[tuple, Run] = {}
+    lines = []
     for run in sorted(runs, key=lambda run: -run.steps[-1]):
         other = kept.setdefault((run.task, run.method, run.seed), run)
         if other is not run:
@@ -205,17 +244,19 @@ def without_duplicates(runs: list[Run]) -> tuple[list[Run], list[str]]:
 
 
 def counted(runs: list[Run]) -> list[Run]:
-    """The runs that enter the numbers: those that have ended, or all while none has."""
+    """The runs that count: those that have ended, or all if none has."""
     return [run for run in runs if run.ended] or runs
 
 
 def groups_of(runs: list[Run]) -> dict[str, Group]:
-    """What is shown together, by title: each task, then all tasks that have runs which ended.
+    """Group the runs by what is shown together: each task, then all tasks.
 
-    The latter with those methods that have such on each of them, and with those runs alone. Plain
-    names come first, so that Cal-QL and CQL have the same colours in every picture.
+    "All tasks" are those on which runs have ended. It has the methods that have ended on each of
+    them, and only runs that have ended. Short names come first, so that Cal-QL and CQL have the
+    same colours in every picture.
     """
-    groups, ended = defaultdict(dict), defaultdict(dict)
+    groups = defaultdict(dict)
+    ended = defaultdict(dict)
     runs = sorted(runs, key=lambda run: (run.method.casefold(), run.seed))
     for run in sorted(runs, key=lambda run: (run.task, run.method.count(","))):
         groups[run.task].setdefault(run.method, [[]])[0].append(run)
@@ -249,9 +290,9 @@ def probability_of_improvement(*samples: np.ndarray, axis: int = -1) -> Any:
 
 
 def interval(samples: list[np.ndarray], statistic: Callable, resamples: int = 10_000) -> Any:
-    """95 % interval, the percentiles of a bootstrap that resamples the seeds of each task apart.
+    """95 % percentile interval of a bootstrap, which resamples the seeds within each task.
 
-    `samples` holds an array [seeds, ...] for each task. None where one of them has a single seed.
+    `samples` holds an array [seeds, ...] for each task. Returns None if a task has a single seed.
     """
     if min(map(len, samples)) < 2:
         return None
@@ -263,19 +304,19 @@ def interval(samples: list[np.ndarray], statistic: Callable, resamples: int = 10
 
 SCORES = "task|method|seeds|steps|score|IQM of the score|online area|success|regret".split("|")
 IMPROVEMENT = "task|method|over|probability of improvement".split("|")
-EXPLANATION = """Seeds: in parentheses how far a run is that has not ended; it counts only while
-no run of its method has. Steps: offline updates + online environment steps. Score: normalized,
-after the offline phase → at the end; mean ± standard error over seeds. IQM: interquartile mean over
-runs, and the 95 % interval of a bootstrap over the seeds of each task and method. Online area: area
-under the online phase's scores over its length, a mean score. Success: share of the last
-evaluation's episodes. Regret: mean of 1 - success over the training episodes. Probability of
-improvement: that a run of the first method ends higher than one of the second, ties counted as one
-half. All tasks: the methods that have ended on each; mean over tasks, IQM over all runs. Curves:
-IQM and its interval."""
+EXPLANATION = """Seeds: in parentheses how much of a run is done; a run counts before its end only
+if no run of the method has ended. Steps: offline updates + online environment steps. Score:
+normalized, after the offline phase → at the end; mean ± standard error over seeds. IQM:
+interquartile mean over runs, and the 95 % interval of a bootstrap over the seeds of each task and
+method. Online area: area under the online phase's scores divided by its length, a mean score.
+Success: share of the last evaluation's episodes. Regret: mean of 1 - success over the training
+episodes. Probability of improvement: that a run of the first method ends higher than one of the
+second; a tie counts one half. All tasks: the methods that have ended on each; mean over tasks, IQM
+over all runs. Curves: IQM and its interval."""
 
 
 def mean_and_error(samples: list[np.ndarray], digits: int = 1) -> str:
-    """The mean over tasks of the mean over seeds and, where each has several, its error."""
+    """The mean over tasks of the mean over seeds; its error if every task has several seeds."""
     means = [values.mean() for values in samples]
     if np.isnan(means).any():
         return "–"
@@ -301,7 +342,8 @@ def score_row(title: str, name: str, tasks: list[list[Run]]) -> list[str]:
     def values(of: Callable[[Run], float]) -> list[np.ndarray]:
         return [np.array([of(run) for run in runs]) for runs in used]
 
-    offline, end = values(lambda run: run.scores_at(0.0)), values(lambda run: run.scores[-1])
+    offline = values(lambda run: run.scores_at(0.0))
+    end = values(lambda run: run.scores[-1])
     row = [title, name, f"{sum(map(len, used))} runs", ""]
     if len(tasks) == 1:
         (runs,) = tasks
@@ -343,10 +385,10 @@ def markdown(tables: list[list[list[str]]]) -> str:
 
 
 def draw_panel(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
-    """Interquartile mean over runs and its interval, where all have scores; running ones thin.
+    """Draw each method's interquartile mean over runs, with its interval, where all have scores.
 
-    Dotted is what has not ended: these, and the mean while it is theirs alone. Between a run's
-    evaluations its scores lie on straight lines.
+    Runs that have not ended are thin and dotted; a mean of such runs is dotted. Scores between two
+    evaluations are interpolated.
     """
     by_share = len(next(iter(group.values()))) > 1
     for name, tasks in group.items():
@@ -355,7 +397,8 @@ def draw_panel(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
         positions = SHARES if by_share else positions
         samples = [np.array([r.scores_at(positions, by_share) for r in runs]) for runs in used]
         known = ~np.isnan(np.concatenate(samples)).any(0)
-        positions, samples = positions[known], [scores[:, known] for scores in samples]
+        positions = positions[known]
+        samples = [scores[:, known] for scores in samples]
         look = styles[name] | ({} if used[0][0].ended else RUNNING)
         axes.plot(positions, interquartile_mean(*samples, axis=0), **look)
         if known.any() and (bounds := interval(samples, interquartile_mean, 2000)):
@@ -376,7 +419,7 @@ def draw_panel(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
 
 
 def draw_figure(groups: dict[str, Group]) -> Figure:
-    """Small multiples: a panel for each group, and below them one legend."""
+    """Draw a panel for each group, with one legend below them."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     looks = itertools.cycle(itertools.product(DASHES, COLOURS))
     styles = {name: dict(color=c, linestyle=d) for name, (d, c) in zip(names, looks)}
@@ -385,16 +428,19 @@ def draw_figure(groups: dict[str, Group]) -> Figure:
     if any(not r.ended for group in groups.values() for (runs, *_) in group.values() for r in runs):
         labels["not at its end yet"] = Line2D([], [], color="black", **RUNNING)
     columns = min(len(groups), 4 if len(groups) % 4 == 0 else 3)
-    rows, width = math.ceil(len(groups) / columns), max(3.2 * columns, 5)
+    rows = math.ceil(len(groups) / columns)
+    width = max(3.2 * columns, 5)
     across = max(1, int(12 * width / (8 + max(map(len, labels)))))
     figure = Figure((width, 2.7 * rows + 0.22 * len(labels) / across), layout="constrained")
     all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (title, group) in zip(all_axes, groups.items()):
-        axes.set_title(textwrap.fill(title, 36), fontsize="medium")
+        axes.set_title(textwrap.fill(title, 36), fontsize="medium", parse_math=False)
         draw_panel(axes, group, styles)
     for axes in all_axes[len(groups) :]:
         axes.remove()
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=across, frameon=False)
+    place = dict(loc="outside lower center", ncols=across, frameon=False)
+    for text in figure.legend(labels.values(), labels, **place).get_texts():
+        text.set_parse_math(False)  # a $ in a name is a $
     return figure
 
 
@@ -409,7 +455,7 @@ tr:first-child { font-weight: bold }
 
 
 def page(figure: Figure, tables: list[list[list[str]]]) -> str:
-    """HTML that needs no other file: the picture is in it."""
+    """Make one HTML file, with the picture in it."""
     figure.savefig(svg := io.BytesIO(), format="svg")
     picture = base64.b64encode(svg.getvalue()).decode()
     parts = [HEAD, f'<img alt="Curves" src="data:image/svg+xml;base64,{picture}">']
@@ -433,7 +479,24 @@ def write_csv(runs: list[Run], path: Path) -> None:
                 rows.writerow([*name, int(step), *shown])
 
 
-def main(arguments: list[str] | None = None) -> None:
+def write_outputs(args: argparse.Namespace, runs: list[Run], tables: list, text: str) -> None:
+    """Write the files that the command line names; raises `InputError` where that fails."""
+    groups = groups_of(runs)
+    outputs: list[tuple[Path | None, Callable[[Path], Any]]] = [
+        (args.csv, lambda path: write_csv(runs, path)),
+        (args.markdown, lambda path: path.write_text(text, encoding="utf-8")),
+        (args.output, lambda path: draw_figure(groups).savefig(path, dpi=150)),
+        (args.html, lambda path: path.write_text(page(draw_figure(groups), tables), "utf-8")),
+    ]
+    for path, write in outputs:
+        try:
+            if path:
+                write(path)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def main() -> None:
     parser = Parser(__doc__)
     option = parser.add_argument
     option("runs", nargs="+", type=Path, help="run directories, or files of --csv")
@@ -441,7 +504,7 @@ def main(arguments: list[str] | None = None) -> None:
     option("--html", type=Path, help="page to write, with tables and pictures in it")
     option("--markdown", type=Path, help="file to write the printed tables to")
     option("--csv", type=Path, help="file to write the curves to, to report them again")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     if args.output and args.output.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"output: found {args.output}, expected .png, .pdf or .svg")
     runs, problems = read_all(args.runs)
@@ -450,20 +513,10 @@ def main(arguments: list[str] | None = None) -> None:
     runs, duplicates = without_duplicates(label_methods(runs))
     for line in problems + duplicates:
         print(f"report.py: left out: {line}", file=sys.stderr)
-    groups = groups_of(runs)
-    tables = tables_of(groups)
-    print(text := markdown(tables), end="")
-    try:
-        if args.csv:
-            write_csv(runs, args.csv)
-        if args.markdown:
-            args.markdown.write_text(text, encoding="utf-8")
-        if args.output:
-            draw_figure(groups).savefig(args.output, dpi=150)
-        if args.html:
-            args.html.write_text(page(draw_figure(groups), tables), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {error.filename}: {error.strerror}") from None
+    tables = tables_of(groups_of(runs))
+    text = markdown(tables)
+    print(text, end="")
+    write_outputs(args, runs, tables, text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""The recipes by which `make_dataset.py` makes data, a file per family of tasks.
+
+To add one, write a subclass of `common.Recipe` in a file of its own and name it below. What all of
+them do to the rows, and how they do it, is told in description.txt, a copy of which goes into every
+file that is made: whoever changes a byte of it changes those files.
+"""
+
+import importlib
+import re
+
+from tools.recipes.common import Recipe
+
+ANT_MAZES = "umaze umaze-diverse medium-play medium-diverse large-play large-diverse".split()
+
+# task -> module and class; modules are imported when needed, since simulators take seconds to load
+RECIPES: dict[str, str] = {}
+for maze in ("umaze", "medium", "large"):
+    RECIPES[f"maze2d-{maze}-v1"] = "maze2d:Maze2D"
+for maze in ANT_MAZES:
+    RECIPES[f"antmaze-{maze}-v2"] = "antmaze:AntMaze"
+for maze in ("open", "umaze", "medium", "large"):
+    RECIPES[f"D4RL/pointmaze/{maze}-v2"] = "pointmaze:PointMaze"
+for data in ("navigate", "stitch"):
+    for maze in ("medium", "large", "giant", "teleport"):
+        RECIPES[f"pointmaze-{maze}-{data}-singletask-v0"] = "ogbench:Point"
+for data in ("play", "noisy"):
+    for cubes in ("single", "double", "triple", "quadruple", "octuple"):
+        RECIPES[f"cube-{cubes}-{data}-singletask-v0"] = "ogbench:Cubes"
+RECIPES["door-human-v1"] = "door:Door"
+RECIPES["door-binary-v0"] = "door:BinaryDoor"
+
+
+def recipe_of(task: str) -> type[Recipe] | None:
+    """The class that makes data for `task`, if there is one."""
+    shared = re.sub("-task[1-5]-", "-", task)  # OGBench's five tasks of an environment share data
+    if shared not in RECIPES:
+        return None
+    module, name = RECIPES[shared].split(":")
+    return getattr(importlib.import_module(f"tools.recipes.{module}"), name)
