@@ -436,7 +436,7 @@ MODEL = "format", "step", "config", "scaling", "agent"  # what is needed to play
 def load_model(
     path: Path, device: torch.device, form: dict[str, Any], option: str = "load_model"
 ) -> dict[str, Any]:
-    """Read a checkpoint of which the networks matter; other parts of a run's form may be missing."""
+    """Read a checkpoint for its networks; other parts of a run's form may be missing."""
     form = {key: part if key in MODEL else Maybe(part) for key, part in form.items()}
     return load_checkpoint(path, device, form, option)
 
