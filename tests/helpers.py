@@ -102,7 +102,7 @@ def call(*args: Any) -> subprocess.CompletedProcess:
 def call_tool(tool: ModuleType, *args: Any) -> subprocess.CompletedProcess:
     """`python tools/TOOL.py ARGS` within this process."""
     name = tool.__name__.rpartition(".")[2] + ".py"
-    return call_program(name, lambda: run_program(tool.main, name), *args)
+    return call_program(name, functools.partial(run_program, tool.main, name), *args)
 
 
 def call_program(name: str, program: Callable[[], int], *args: Any) -> subprocess.CompletedProcess:

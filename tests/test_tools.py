@@ -73,6 +73,34 @@ def test_evaluate_names_what_is_wrong_in_one_line(
     assert code == 2 and error.count("\n") == 1 and named in error
 
 
+CONTENTS = {  # what is changed in a checkpoint, by which keys and values
+    "no options": ("config", None),
+    "a list for an option": ("config batch_size", [1]),
+    "text for a number": ("config hidden_dim", "many"),
+    "an option of other code": ("config no_such", 1),
+    "no networks": ("agent", {}),
+    "networks of another size": ("agent actor.trunk.0.weight", torch.zeros(3, 3)),
+    "no scaling": ("scaling", 5),
+    "a scaling of another size": ("scaling observation_mean", torch.zeros(7)),
+}
+
+
+@pytest.mark.parametrize("keys, value", CONTENTS.values(), ids=CONTENTS)
+def test_a_checkpoint_with_wrong_contents_is_one_line(
+    keys, value, finished_run, tmp_path, run_evaluate
+):
+    state = torch.load(finished_run / "checkpoint_60.pt", weights_only=True)
+    *above, last = keys.split()
+    part = state
+    for key in above:
+        part = part[key]
+    part[last] = value
+    torch.save(state, tmp_path / "x.pt")
+    code, _, error = run_evaluate(tmp_path / "x.pt")
+    assert code == 2 and error.count("\n") == 1
+    assert error.startswith(f"evaluate.py: error: {tmp_path / 'x.pt'} is not a valid checkpoint (")
+
+
 def test_ctrl_c_is_one_line_and_ends_the_workers(finished_run):
     options = "--episodes", "500"
     command = [sys.executable, "-u", "tools/evaluate.py", str(finished_run), *options]

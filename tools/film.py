@@ -113,7 +113,7 @@ def check_writable(path: Path) -> None:
         path.touch()
         check_regular(path)
     except OSError as error:
-        raise InputError(f"video: cannot write {path} ({error.strerror})") from None
+        raise InputError(f"video: cannot write {path} ({error.strerror or error})") from None
 
 
 def save_gif(path: Path, frames: list[np.ndarray]) -> None:

@@ -54,8 +54,7 @@ def collect(made: Iterator[Rows], transitions: int, show_total: bool) -> tuple[R
     parts = []
     missing = transitions
     left_out = 0
-    total = transitions if show_total else None
-    with tqdm(total=total, mininterval=1, unit="row", disable=sys.stderr is None) as bar:
+    with tqdm(total=transitions if show_total else None, mininterval=1, unit="row") as bar:
         for rows in made:
             if _stopped.is_set():
                 raise Interrupted("interrupted; nothing was saved")
