@@ -1,4 +1,4 @@
-"""Another critic: each hidden unit is gated by x * sigmoid(slope * x), with slopes that are learned.
+"""Another critic: each hidden unit is gated by x * sigmoid(slope * x), and the slopes are learned.
 
     python examples/gated_critic.py --config_path configs/quickstart.yaml --name gated
 """
