@@ -141,7 +141,7 @@ def test_a_gymnasium_environment_and_an_npz_file_are_a_task(tmp_path):
     np.testing.assert_allclose(dataset.rows.actions[:, 0], raw["actions"][:, 0] / 2, rtol=1e-6)
     assert dataset.transitions.tolist() == list(range(0, 50, 2))
     actor = Actor(3, 1, Config(hidden_dim=8))
-    episode = play_episode(task, actor, dataset.scaling, 0, explore=False)
+    episode = play_episode(task, 0, actor, dataset.scaling, explore=False)
     assert len(episode.rewards) == task.max_episode_steps == 200 and not episode.terminal
     assert episode.score == pytest.approx(sum(episode.rewards), rel=1e-5)
     with pytest.raises(InputError, match="there is no file"):
