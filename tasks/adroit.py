@@ -69,7 +69,8 @@ class BinaryAdroit(D4RL):
         """Every row with a reward of 0 is terminal, as in the authors' code."""
         rows = self.published_rows(path) if path.is_dir() else super().rows(path)
         if not np.isin(rows["rewards"], (-1, 0)).all():
-            low, high = rows["rewards"].min(), rows["rewards"].max()
+            low = rows["rewards"].min()
+            high = rows["rewards"].max()
             raise InputError(
                 f"dataset {path}: rewards from {low:.4g} to {high:.4g}, expected -1 and 0 alone; "
                 "data with dense rewards is another task's"

@@ -42,24 +42,21 @@ def enough_memory(path: Path) -> Iterator[None]:
         raise InputError(f"dataset {path}: {describe(error)}") from None
 
 
-def check_file(path: Path) -> None:
-    """Raise `InputError` unless a regular file is there: opening a FIFO would wait forever."""
-    try:
-        check_regular(path)
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        raise InputError(f"dataset {path}: cannot open it: {describe(error)}") from None
-
-
 def is_file(path: Path) -> bool:
     """Whether a file is there; raises `InputError` for a FIFO and for what the system refuses."""
     try:
-        os.stat(path)
+        check_regular(path)
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
-        pass  # `check_file` reports it
-    check_file(path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        raise InputError(f"dataset {path}: cannot open it: {describe(error)}") from None
     return True
+
+
+def check_file(path: Path) -> None:
+    """Raise `InputError` unless a regular file is there: opening a FIFO would wait forever."""
+    if not is_file(path):
+        raise InputError(f"dataset {path}: there is no such file")
 
 
 def is_folder(path: Path) -> bool:

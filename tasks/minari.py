@@ -64,8 +64,9 @@ class Minari(GymnasiumTask):
         super().__init__(self.name, self.recover(space), simulator="mujoco")
         base = self.env.unwrapped
         if hasattr(base, "maze"):
-            self.cell_size = float(base.maze.maze_size_scaling)
             self.failure_reward = 0.0 if base.reward_type == "sparse" else None
+            if next(iter(space)) == "achieved_goal":  # x and y
+                self.cell_size = float(base.maze.maze_size_scaling)
         self.reset(0)
         *_, info = self.env.step(np.zeros(self.action_dim, np.float32))
         self.has_goal = bool(self.subtasks) or "success" in info
@@ -104,12 +105,14 @@ class Minari(GymnasiumTask):
         return wrappers.TransformObservation(env, lambda values: flatten(space, values), flat)
 
     def step(self, action: np.ndarray) -> Step:
-        observation, reward, terminal, truncated, success = super().step(action)
-        terminal |= reward >= self.end_reward
+        step = super().step(action)
+        terminal = step.terminal or step.reward >= self.end_reward
+        success = step.success
         if self.subtasks:
             self.completed = len(self.env.unwrapped.episode_task_completions)
             success = self.completed == len(self.subtasks)
-        return Step(observation, reward, terminal, truncated and not terminal, success)
+        truncated = step.truncated and not terminal
+        return step._replace(terminal=terminal, truncated=truncated, success=success)
 
     def score(self, episode_return: float, success: bool) -> float:
         if self.subtasks:
@@ -169,7 +172,10 @@ def open_dataset(minari: ModuleType, folder: Path, name: str) -> Any:
 
 
 def check_files(data: Path, folder: Path) -> None:
-    """Raise `InputError` where opening the dataset would hang, need another package or run code."""
+    """Raise `InputError` where opening the dataset would hang, need another package or run code.
+
+    `check_environment` has the rest of the question: what making its environment would run.
+    """
     for path in data.rglob("*"):
         if not path.is_dir():
             check_file(path)
@@ -177,7 +183,7 @@ def check_files(data: Path, folder: Path) -> None:
     metadata = json.loads((data / "metadata.json").read_bytes())
     missing = {"observation_space", "action_space"} - set(metadata)
     if missing:  # to find them, Minari would make the environment
-        raise InputError(f"dataset {folder}: its metadata lack {' and '.join(sorted(missing))}")
+        raise InputError(f"dataset {folder}: its metadata lacks {' and '.join(sorted(missing))}")
     if metadata["data_format"] in ("arrow", "parquet"):
         check_pyarrow(metadata["data_format"], folder)
     if metadata["data_format"] == "hdf5":

@@ -85,10 +85,10 @@ class OGBench(GymnasiumTask):
         """Raise `InputError` for states of another robot or maze, or with NaN in them."""
         env = self.env.unwrapped
         positions = raw.get("qpos", np.empty(0))
-        if len(positions) < 2 or positions.shape[1:] != (env.model.nq,):
-            found, width = positions.shape, env.model.nq
+        if positions.shape[1:] != (env.model.nq,) or len(positions) < 2:
             raise InputError(
-                f"dataset {path}: qpos has shape {found}, the task needs (N, {width}) with N > 1"
+                f"dataset {path}: qpos has shape {positions.shape}, the task needs "
+                f"(N, {env.model.nq}) with N > 1"
             )
         for key in ("qpos", "button_states"):
             values = raw.get(key, np.empty(0))
@@ -109,6 +109,7 @@ def environment_names(registry: Iterable[str]) -> dict[str, str]:
         if not found or family.startswith("visual"):
             continue
         is_arm = family.startswith(("cube", "puzzle", "scene"))
-        for data in ("play", "noisy") if is_arm else ("navigate", "stitch", "explore"):
+        recordings = ("play", "noisy") if is_arm else ("navigate", "stitch", "explore")
+        for data in recordings:
             names[f"{family}-{data}-singletask{task}"] = env_name
     return names

@@ -31,6 +31,8 @@ class Task:
        `tasks.gymnasium_task.GymnasiumTask`, which leaves only `rows` to write:
 
            class Pusher(GymnasiumTask):
+               has_goal = False  # its steps report no success, so the score is the return
+
                def __init__(self, name):
                    super().__init__(name, gymnasium.make("Pusher-v5"))
 
@@ -177,7 +179,7 @@ def digits_beyond_1(value: float) -> str:
 
 
 def find_jumps(rows: dict[str, np.ndarray], task: Task) -> np.ndarray:
-    """Rows that no flag ends but from which the agent jumps, [N] bool; only mazes have any.
+    """Which rows lead into another episode although no flag says so, [N] bool; only in mazes.
 
     D4RL's AntMaze v0 sets its time-limit flags a few rows late, so that rows between lead from one
     episode into the next, through walls. A jump is a move of x and y by more than half a cell and

@@ -243,7 +243,7 @@ def test_a_minari_dataset_makes_registered_environments_alone(
 def test_a_minari_dataset_without_spaces_makes_no_environment_to_find_them(
     recorded: dict[str, Any],
 ) -> None:
-    with pytest.raises(InputError, match="its metadata lack observation_space"):
+    with pytest.raises(InputError, match="its metadata lacks observation_space"):
         make_with(recorded, observation_space=None, env_spec=specification(recorded, **MKDIR))
 
 

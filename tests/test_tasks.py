@@ -8,6 +8,9 @@ import tasks
 from cal_ql import Actor, Config, load_dataset, play_episode, to_transitions
 from helpers import write_dataset
 from runs.errors import InputError
+from tasks.files import read_npz
+from tasks.gymnasium_task import GymnasiumTask
+from tasks.task import check_rows
 
 FAILURE_REWARDS = {
     "antmaze-umaze-v2": 0.0,
@@ -109,3 +112,49 @@ def test_a_state_is_worth_the_same_offline_and_online(kitchen, monkeypatch, tmp_
     episode = play_episode(kitchen, 0, actor, dataset.scaling, explore=False)
     assert to_transitions(episode, dataset, 0.99).rewards.tolist() == [-2, -2, -2]
     assert episode.score == 50.0 and not episode.terminal
+
+
+# ---------------------------------------------------------------------------- a task of one's own
+
+
+def test_a_gymnasium_environment_and_an_npz_file_are_a_task(tmp_path):
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Pendulum(GymnasiumTask):
+        has_goal = False
+
+        def __init__(self):
+            super().__init__("pendulum", gymnasium.make("Pendulum-v1"))
+
+        def rows(self, path):
+            return check_rows(read_npz(path), self, path)
+
+    task = Pendulum()
+    rng = np.random.default_rng(0)
+    raw = {"observations": rng.normal(size=(50, 3)), "actions": rng.uniform(-2, 2, (50, 1))}
+    raw |= {"rewards": rng.normal(size=50), "terminals": np.zeros(50), "timeouts": np.ones(50)}
+    raw["timeouts"][::2] = 0
+    np.savez(tmp_path / "data.npz", **raw, seeds=np.arange(3))
+    path = task.data_file(str(tmp_path / "data.npz"))
+    config = Config(normalize=False)
+    dataset = load_dataset(config, task, path, torch.device("cpu"), {})
+    np.testing.assert_allclose(dataset.rows.actions[:, 0], raw["actions"][:, 0] / 2, rtol=1e-6)
+    assert dataset.transitions.tolist() == list(range(0, 50, 2))
+    actor = Actor(3, 1, Config(hidden_dim=8))
+    episode = play_episode(task, 0, actor, dataset.scaling, explore=False)
+    assert len(episode.rewards) == task.max_episode_steps == 200 and not episode.terminal
+    assert episode.score == pytest.approx(sum(episode.rewards), rel=1e-5)
+    with pytest.raises(InputError, match="there is no file"):
+        task.data_file("nowhere.npz")
+    with pytest.raises(InputError, match="no data is published"):
+        task.data_file(None)
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "MountainCar-v0"])
+def test_an_environment_of_another_kind_is_named_in_one_line(name):
+    gymnasium = pytest.importorskip("gymnasium")
+    with pytest.raises(InputError, match="has the space Discrete.*expected a Box"):
+        GymnasiumTask(name, gymnasium.make(name))
+    endless = gymnasium.make("Pendulum-v1", max_episode_steps=-1)
+    with pytest.raises(InputError, match="has no time limit"):
+        GymnasiumTask(name, endless)
