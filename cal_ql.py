@@ -861,7 +861,7 @@ def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> R
     torch.manual_seed(config.seed)
     agent = Agent(task.observation_dim, task.action_dim, config, device)
     form = run_form(agent.state_dict(), agent.optimizer, task.observation_dim, vars(Progress()))
-    saved = directory.load(device, form) if directory else None
+    saved = directory.load(device, form, identity(config)) if directory else None
     model = saved
     if config.load_model and not saved:
         model = load_model(Path(config.load_model), device, form)

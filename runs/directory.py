@@ -239,23 +239,35 @@ class RunDirectory:
             if step_of(old) not in keep:
                 old.unlink()
 
-    def load(self, device: torch.device, form: Any = None) -> Optional[dict[str, Any]]:
+    def load(
+        self, device: torch.device, form: Any = None, identity: Optional[dict[str, Any]] = None
+    ) -> Optional[dict[str, Any]]:
         """The newest checkpoint that is good and whose rows are there; None for a new run.
 
         `form` is what it must hold, see `check_form`. Changes nothing on disk. Raises `InputError`
-        where none is good, and `RunError` where the system does not let one be read.
+        where none is good or the run is another by its `identity`, and `RunError` where the system
+        does not let one be read.
         """
         found = self.checkpoints()[::-1]
         for path in found:
             try:
                 self.state = self.load_with_its_rows(path, device, form)
-                return self.state
+                break
             except InputError as error:
                 self.broken.append((path, str(error)))
-        if found:
+        if found and not self.state:
             problems = "; ".join(problem for _, problem in self.broken)
             raise InputError(f"checkpoints_path: no checkpoint is good: {problems}")
-        return None
+        if self.state and identity is not None:
+            self.check_identity(self.state["identity"], identity)
+        return self.state
+
+    def check_identity(self, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+        """Raise `InputError` unless these options, those without their defaults, are the same."""
+        names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+        if names:
+            found = ", ".join(f"{name} {theirs.get(name, '(its default)')}" for name in names)
+            raise InputError(f"checkpoints_path: {self.path} contains another run, with {found}")
 
     def load_with_its_rows(self, path: Path, device: torch.device, form: Any) -> dict[str, Any]:
         state = load_checkpoint(path, device, form and {**form, **COUNTED})
@@ -394,7 +406,7 @@ def check_form(state: Any, form: Any, path: Path, option: str = "") -> None:
     try:
         compare(state, form, [])
     except FormError as error:
-        raise InputError(f"{prefix}{path} is not a valid checkpoint ({error})") from None
+        raise InputError(f"{prefix}{path} is not a checkpoint of such a run ({error})") from None
 
 
 def run_form(

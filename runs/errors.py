@@ -199,7 +199,9 @@ def guard_output(name: str, goes_on: bool) -> None:
     for stream, descriptor, act in ("stderr", 2, lambda error: None), ("stdout", 1, on_loss):
         current = getattr(sys, stream)
         if current is None:  # it was closed before the program started
-            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
+            nowhere = open(os.devnull, "w")  # noqa: SIM115
+            os.set_inheritable(nowhere.fileno(), nowhere.fileno() <= 2)  # programs expect 0 to 2
+            setattr(sys, stream, nowhere)
         elif current is getattr(sys, f"__{stream}__"):  # and no test's
             current.flush()
             buffer = io.BufferedWriter(Output(descriptor, act))

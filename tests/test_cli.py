@@ -55,7 +55,7 @@ DEFAULTS = yaml.safe_load("""{
     normalize: true, normalize_reward: false,
     q_n_hidden_layers: 2, actor_n_hidden_layers: 3, hidden_dim: 256,
     critic_layer_norm: false, reward_scale: 1.0, reward_bias: 0.0, is_sparse_reward: false,
-    mixing_ratio: 0.5, online_utd_ratio: 1, dataset_path: null,
+    mixing_ratio: 0.5, online_utd_ratio: 1, dataset_path: null, n_critics: 2,
     log_freq: 1000, project: CORL, group: Cal-QL-D4RL, name: Cal-QL}""")
 
 CORL = yaml.safe_load("""{

@@ -59,7 +59,7 @@ def train(directory: RunDirectory, first: int) -> None:
     for step in range(first + 1, 41):
         if step % 10 == 1:
             record(directory, step - 1, episode=step)  # a phase begins, at the step of before
-            directory.add_rows(np.full((2, 3), step))
+            directory.add_rows([np.full((2, 3), step)])
         if step % 5 == 0:
             record(directory, step, loss=step)
         if step % 10 == 0:
@@ -273,9 +273,10 @@ def test_rows_of_the_checkpoint_alone_are_read_and_kept(trained: Path) -> None:
     (trained / "checkpoint_40.pt").unlink()
     directory = RunDirectory(trained, resume=True)
     directory.load(CPU)
-    assert [row[0] for row in directory.read_rows(3)] == [1, 1, 11, 11, 21, 21]
+    single, pair = directory.read_rows([(), (2,)])
+    assert single.tolist() == [1, 1, 11, 11, 21, 21] and pair.shape == (6, 2)
     with pytest.raises(InputError, match="holds other rows"):
-        directory.read_rows(5)
+        directory.read_rows([(5,)])
     close(directory)
     resumed(trained)
     assert (trained / "transitions.bin").read_bytes() == rows
@@ -414,7 +415,7 @@ def test_a_form_names_the_place_what_is_there_and_what_should_be(
     check_form(GOOD, NESTED, Path("x.pt"))
     with pytest.raises(InputError) as error:
         check_form(GOOD | change, NESTED, Path("x.pt"), "load_model")
-    assert str(error.value).startswith("load_model: x.pt is not a valid checkpoint (")
+    assert str(error.value).startswith("load_model: x.pt is not a checkpoint of such a run (")
     assert problem in str(error.value)
 
 
@@ -435,3 +436,13 @@ def test_what_is_no_checkpoint_is_named_with_its_option(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "x.pt", CPU)
     with pytest.raises(InputError, match="there is no checkpoint"):
         load_checkpoint(tmp_path / "nowhere.pt", CPU)
+
+
+def test_another_run_in_a_renamed_directory_is_named(trained: Path) -> None:
+    path = trained / "checkpoint_40.pt"
+    theirs = {"discount": 0.9, "seed": 1, "data": ["x", 3]}
+    torch.save({**torch.load(path, weights_only=True), "identity": theirs}, path)
+    assert RunDirectory(trained, resume=True).load(CPU, identity=dict(theirs))["step"] == 40
+    with pytest.raises(InputError) as error:
+        RunDirectory(trained, resume=True).load(CPU, identity={"seed": 2, "data": ["x", 3], "b": 1})
+    assert str(error.value).endswith("another run, with discount 0.9, seed 1, b (its default)")

@@ -105,6 +105,13 @@ def test_a_run_whose_output_is_lost_goes_on(shell: str, tmp_path: Path) -> None:
     assert (tmp_path / "done").exists()
 
 
+def test_programs_that_it_starts_have_streams_although_its_own_were_closed(tmp_path: Path) -> None:
+    body = "import subprocess; open('done', 'w').write(str(subprocess.call(['ls', '.'])))"
+    for shell in (">&-", "2>&-", ">&- 2>&-"):
+        assert run(tmp_path, body, shell=shell).returncode == 0
+        assert (tmp_path / "done").read_text() == "0"
+
+
 def test_a_user_without_a_home_gets_one(tmp_path: Path) -> None:
     body = (
         "import pwd; print(os.environ['HOME'], os.path.expanduser('~/x')); "

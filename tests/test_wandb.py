@@ -35,7 +35,10 @@ from runs.directory import RunDirectory
 from runs.log import Wandb
 from wandb_server import KEY
 
-SHORT = [*RUN, "--online_iterations", "100"]  # evaluates at 0, 60, 150 and 160
+SHORT = [
+    *RUN,
+    *"--env maze2d-open-v0 --online_iterations 100".split(),
+]  # evaluates at 0, 60, 150 and 160
 
 
 def environment(folder: Path, **env: str) -> dict[str, str]:
@@ -183,8 +186,8 @@ def test_wandbs_folder_may_be_at_home(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_every_record_arrives_although_the_run_is_killed_and_stopped_while_evaluating(
     undisturbed: Path, tmp_path: Path
 ) -> None:
-    assert signalled(tmp_path, 450, signal.SIGKILL) == -9  # at 60, where it evaluates again
-    assert signalled(tmp_path, 750, signal.SIGTERM) == 143  # at 150, after an episode
+    assert signalled(tmp_path, 225, signal.SIGKILL) == -9  # at 60, where it evaluates again
+    assert signalled(tmp_path, 375, signal.SIGTERM) == 143  # at 150, after an episode
     result = finish(start(tmp_path))
     assert result.returncode == 0, result.stderr
     (line,) = [line for line in (result.stdout + result.stderr).splitlines() if "W&B" in line]
