@@ -1,6 +1,6 @@
 """Play a trained policy: return, normalized score and success rate, and a video where asked.
 
-    python tools/evaluate.py runs/RUN --episodes 100 --video episode.gif
+    python tools/evaluate.py output/RUN --episodes 100 --video episode.gif
 
 RUN is a run directory, of which the newest checkpoint is taken, or a checkpoint in it. The policy
 takes its mean actions. Intervals are 95 % confidence intervals: of the mean by Student's t, of the

@@ -1,6 +1,6 @@
 """Tables and pictures of runs, finished or still running, as they go into a paper.
 
-    python tools/report.py runs/* --output curves.pdf --html report.html --csv curves.csv
+    python tools/report.py output/* --output curves.pdf --html report.html --csv curves.csv
     python tools/report.py curves.csv --output curves.png
 
 Prints the tables as Markdown. A path is a run directory, or a file that --csv has written (edit its
