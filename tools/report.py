@@ -31,7 +31,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
-from scipy import stats
+from scipy import integrate, stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
@@ -88,7 +88,7 @@ class Run(NamedTuple):
     def online_area(self) -> float:
         """Area under the online phase's scores (trapezoids) over its steps so far: a mean score."""
         positions = np.unique(np.maximum(self.positions(), 0.0))
-        return np.trapezoid(self.scores_at(positions), positions) / (positions[-1] or np.nan)
+        return integrate.trapezoid(self.scores_at(positions), positions) / (positions[-1] or np.nan)
 
 
 Group = dict[str, list[list[Run]]]  # for each method its runs on each of some tasks
