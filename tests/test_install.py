@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -71,3 +72,12 @@ def test_the_same_commands_install_everywhere() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
     commands += re.findall("^RUN (pip install .*)", dockerfile, re.MULTILINE)
     assert len(commands) == 3 and all(INSTALL.search(command) for command in commands)
+
+
+@pytest.mark.parametrize("module", ["d4rl", "ogbench"])
+def test_a_package_that_is_missing_is_named_with_its_file(module: str) -> None:
+    task = {"d4rl": "maze2d-umaze-v1", "ogbench": "cube-single-play-singletask-v0"}[module]
+    code = f"import sys; sys.modules[{module!r}] = None; import tasks; tasks.make({task!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    line = done.stderr.splitlines()[-1]
+    assert module in line and NO_DEPS in line
