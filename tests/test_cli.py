@@ -264,7 +264,7 @@ BAD_OPTIONS = {
     "--config_path .": "config_path",
     "--config_path=": "config_path",
     "--checkpoints_path=": "checkpoints_path",
-    "--checkpoints_path /sys/runs": "/sys/runs",
+    "--checkpoints_path /proc/runs": "/proc/runs",
     "--checkpoints_path data.hdf5/runs": "data.hdf5/runs",
     "--dataset_path nowhere.hdf5": "dataset_path: there is no file nowhere.hdf5",
     "--dataset_path text": "dataset text: not a whole HDF5 file",
