@@ -5,16 +5,17 @@
 # The run is user 1000's; who is another adds --user $(id -u).
 FROM python:3.11-slim-bookworm
 
-# g++: torch.compile and Triton compile on first use; OSMesa and EGL: evaluate.py --video.
+# g++: torch.compile and Triton compile on first use; OSMesa and EGL: evaluate.py --video; tini: PID 1.
 # Debian removes a package's old version from its servers, so that a pinned one would not build.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ libegl1 libosmesa6 \
+    && apt-get install -y --no-install-recommends g++ libegl1 libosmesa6 tini \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /app
 COPY --chmod=755 requirements*.txt ./
-RUN pip install --no-cache-dir -r requirements-gymnasium.txt
+RUN pip install --no-cache-dir -r requirements-gymnasium.txt \
+    && pip install --no-cache-dir --no-deps -r requirements-no-deps.txt
 COPY --chmod=755 . .
 
 # Caches and settings go to /tmp, for the user may have no home and no name; all else to /data.
@@ -30,4 +31,6 @@ ENV HOME=/tmp \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics
 RUN useradd --uid 1000 --home-dir /tmp --no-create-home calql && install -d -m 1777 /data
 USER 1000
-ENTRYPOINT ["python", "cal_ql.py", "--checkpoints_path", "/data/runs"]
+# tini passes signals to the run alone, which ends its own processes, and Python's default action for
+# SIGTERM, which PID 1 has not, ends the imports at once. -s: no warning where tini is not PID 1.
+ENTRYPOINT ["tini", "-s", "--", "python", "cal_ql.py", "--checkpoints_path", "/data/runs"]

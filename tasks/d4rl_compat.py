@@ -272,9 +272,13 @@ def make(name: str) -> gym.Env:
     """Return `gym.make(name)`: gym's and D4RL's own classes, loaded and built without messages.
 
     Raises ValueError, in one line, for a name that is not registered and for a task whose model
-    this MuJoCo refuses (hopper and walker2d).
+    this MuJoCo refuses (hopper and walker2d), and where D4RL is not installed.
     """
-    gym, maze_env = _import_d4rl()
+    try:
+        gym, maze_env = _import_d4rl()
+    except ModuleNotFoundError as error:
+        install = "install it by `pip install --no-deps -r requirements-no-deps.txt`"
+        raise ValueError(f"D4RL does not import here ({error}); {install}") from None
     specs = gym.envs.registry.env_specs
     if name not in specs:
         tasks = [task for task, spec in specs.items() if str(spec.entry_point).startswith("d4rl.")]

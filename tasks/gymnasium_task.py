@@ -52,7 +52,8 @@ def import_for(env: str, *packages: str) -> list[ModuleType]:
     except ImportError as error:
         raise InputError(
             f"env: {env} needs packages that are missing here ({error}); install them by "
-            "`pip install -r requirements-gymnasium.txt`"
+            "`pip install -r requirements-gymnasium.txt` and "
+            "`pip install --no-deps -r requirements-no-deps.txt`"
         ) from None
     modules[0].logger.min_level = modules[0].logger.ERROR  # its warnings at every reset
     return modules

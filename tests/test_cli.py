@@ -169,7 +169,7 @@ BAD_OPTIONS = {
     "--config_path .": "config_path",
     "--config_path=": "config_path",
     "--checkpoints_path=": "checkpoints_path",
-    "--checkpoints_path /sys/runs": "/sys/runs",
+    "--checkpoints_path /proc/runs": "/proc/runs",
     f"--checkpoints_path {'x' * 5000}": "checkpoints_path: cannot write there",
     f"--load_model {'x' * 5000}": "load_model: there is no checkpoint",
     f"--config_path {'x' * 5000}": "config_path: ",

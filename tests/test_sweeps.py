@@ -149,7 +149,7 @@ def test_the_runs_that_our_sweeps_start(
         assert len(chosen) == (60 if name == "antmaze" else 3)
         (run,) = [run for run in chosen if run.agents]
         config = cal_ql.parse_config(json.loads((tmp_path / run.id).read_text()))
-        assert config.checkpoints_path == "runs"
+        assert config.checkpoints_path == "output"
         assert config.cql_alpha == config.cql_alpha_online
         assert (config.cql_alpha == 5.0) == (name != "search")
         assert config.cql_lagrange == (name != "search")

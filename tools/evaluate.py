@@ -1,6 +1,6 @@
 """Play a trained policy: return, normalized score and success rate, and a video on request.
 
-    python tools/evaluate.py runs/RUN --episodes 100 --video episode.gif
+    python tools/evaluate.py output/RUN --episodes 100 --video episode.gif
 
 RUN is a checkpoint, or a run directory, whose newest checkpoint is used. The policy takes its mean
 actions. Intervals are 95 % confidence intervals: of the mean by Student's t, of the success rate by

@@ -1,6 +1,6 @@
 """Make a paper's tables and pictures of runs, finished or still running.
 
-    python tools/report.py runs/* --output curves.pdf --html report.html --csv curves.csv
+    python tools/report.py output/* --output curves.pdf --html report.html --csv curves.csv
     python tools/report.py curves.csv --output curves.png
 
 Prints the tables as Markdown. A path is a run directory, or a file that --csv wrote (edit its
@@ -35,7 +35,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
-from scipy import stats
+from scipy import integrate, stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
@@ -98,7 +98,7 @@ class Run(NamedTuple):
     def online_area(self) -> float:
         """Area under the online phase's scores (trapezoids) over its steps so far: a mean score."""
         positions = np.unique(np.maximum(self.positions(), 0.0))
-        return np.trapezoid(self.scores_at(positions), positions) / (positions[-1] or np.nan)
+        return integrate.trapezoid(self.scores_at(positions), positions) / (positions[-1] or np.nan)
 
 
 Group = dict[str, list[list[Run]]]  # for each method its runs on each of some tasks
