@@ -1,6 +1,6 @@
 """Another critic: each hidden unit is gated by x * sigmoid(slope * x), and the slopes are learned.
 
-    python examples/gated_critic.py --config_path configs/quickstart.yaml --name gated
+python examples/gated_critic.py --config_path configs/quickstart.yaml --name gated
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python examples/own_task.py --env Pendulum-v1 --dataset_path pendulum.npz --device cpu
 
-It makes the file if it is not there. Needs `pip install gymnasium`.
+It first makes the file. Needs `pip install gymnasium`.
 """
 
 import sys
@@ -20,6 +20,9 @@ from tasks.gymnasium_task import GymnasiumTask
 from tasks.task import check_rows
 
 
+DATA = Path("pendulum.npz")
+
+
 class Pendulum(GymnasiumTask):
     has_goal = False  # the score is the return
 
@@ -28,11 +31,6 @@ class Pendulum(GymnasiumTask):
 
     def rows(self, path: Path) -> dict[str, np.ndarray]:
         return check_rows(read_npz(path), self, path)
-
-    def data_file(self, path: str) -> Path:
-        if not Path(path).exists():
-            np.savez(path, **random_rows(self))
-        return Path(path)
 
 
 def random_rows(task: Pendulum, n_episodes: int = 10) -> dict[str, np.ndarray]:
@@ -56,4 +54,6 @@ def random_rows(task: Pendulum, n_episodes: int = 10) -> dict[str, np.ndarray]:
 tasks.make = Pendulum
 
 if __name__ == "__main__":
+    if not DATA.exists():
+        np.savez(DATA, **random_rows(Pendulum("Pendulum-v1")))
     sys.exit(run_program(cal_ql.main, "own_task.py", goes_on=True))

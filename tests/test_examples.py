@@ -18,7 +18,11 @@ SHORT = ["--offline_iterations", 10, "--online_iterations", 5, "--n_episodes", 2
     [
         ("gated_critic", MAZE, "qf2_loss"),
         ("td3_bc", MAZE, "bc_loss"),
-        ("own_task", ["--env", "Pendulum-v1", "--dataset_path", "rows.npz"], "eval/episode_return"),
+        (
+            "own_task",
+            ["--env", "Pendulum-v1", "--dataset_path", "pendulum.npz"],
+            "eval/episode_return",
+        ),
     ],
 )
 def test_an_example_trains_and_goes_on(name, options, metric, tmp_path: Path) -> None:
