@@ -19,7 +19,6 @@ from tasks.files import read_npz
 from tasks.gymnasium_task import GymnasiumTask
 from tasks.task import check_rows
 
-
 DATA = Path("pendulum.npz")
 
 

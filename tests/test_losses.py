@@ -28,6 +28,8 @@ OPTIONS = {
     "clip from below": dict(cql_clip_diff_min=6.0, cql_lagrange=True),
     "clip from above": dict(cql_clip_diff_max=6.0),
     "normalised critics": dict(critic_layer_norm=True),
+    "one critic": dict(n_critics=1, cql_lagrange=True, cql_target_action_gap=0.8),
+    "four critics": dict(n_critics=4, cql_lagrange=True, cql_max_target_backup=True),
     "gap and discount": dict(cql_lagrange=True, cql_target_action_gap=0.8, discount=0.5),
 }
 
@@ -63,14 +65,14 @@ class Formulas:
         self.noise = Noise(*(draw.numpy() for draw in noise))
         self.calibrated, self.cloning = calibrated, cloning
 
-    def q(self, parameters, network, twin, state, action) -> float:
+    def q(self, parameters, network, critic, state, action) -> float:
         count = sum(name.startswith(f"{network}.weights") for name in parameters)
         layers = []
         for i in range(count):
-            layer = [parameters[f"{network}.weights.{i}"][twin].T]
+            layer = [parameters[f"{network}.weights.{i}"][critic].T]
             for name in ("biases", "norm_scales", "norm_shifts"):
                 if (key := f"{network}.{name}.{i}") in parameters:
-                    layer.append(parameters[key][twin, 0])
+                    layer.append(parameters[key][critic, 0])
             layers.append(tuple(layer))
         return float(mlp(np.concatenate([state, action]), layers)[0])
 
@@ -104,18 +106,21 @@ class Formulas:
         state, best, bonus = self.batch.next_observations[b], -math.inf, 0.0
         for noise in self.noise.target[b]:
             action, log_density = self.sample(self.held, state, noise)
-            value = min(self.q(self.held, "target", twin, state, action) for twin in range(2))
+            value = min(
+                self.q(self.held, "target", critic, state, action)
+                for critic in range(self.config.n_critics)
+            )
             if value > best:
                 best, bonus = value, -self.alpha() * log_density
         value = best + bonus if self.config.backup_entropy else best
         not_done = 1.0 - self.batch.terminals[b]
         return self.batch.rewards[b] + self.config.discount * not_done * value
 
-    def difference(self, parameters, twin: int, b: int) -> float:
+    def difference(self, parameters, critic: int, b: int) -> float:
         state, weighted = self.batch.observations[b], self.config.cql_importance_sample
         values = []
         for action in self.noise.random[b]:
-            value = self.q(parameters, "critic", twin, state, action)
+            value = self.q(parameters, "critic", critic, state, action)
             values.append(value - A * math.log(0.5) if weighted else value)
         sources = (
             (state, self.noise.current[b]),
@@ -124,11 +129,11 @@ class Formulas:
         for source, draws in sources:
             for noise in draws:
                 action, log_density = self.sample(self.held, source, noise)
-                value = self.q(parameters, "critic", twin, state, action)
+                value = self.q(parameters, "critic", critic, state, action)
                 if self.calibrated:
                     value = max(value, self.batch.returns_to_go[b])
                 values.append(value - log_density if weighted else value)
-        data_value = self.q(parameters, "critic", twin, state, self.batch.actions[b])
+        data_value = self.q(parameters, "critic", critic, state, self.batch.actions[b])
         if not weighted:
             values.append(data_value)
         temperature = self.config.cql_temp
@@ -139,19 +144,19 @@ class Formulas:
     def excess(self, parameters) -> list[float]:
         gap = self.config.cql_target_action_gap if self.config.cql_lagrange else 0.0
         return [
-            CQL_ALPHA * (np.mean([self.difference(parameters, twin, b) for b in range(B)]) - gap)
-            for twin in range(2)
+            CQL_ALPHA * (np.mean([self.difference(parameters, critic, b) for b in range(B)]) - gap)
+            for critic in range(self.config.n_critics)
         ]
 
     def critic_loss(self) -> float:
         total = sum(self.alpha_prime(self.held) * excess for excess in self.excess(self.own))
-        for twin, b in itertools.product(range(2), range(B)):
+        for critic, b in itertools.product(range(self.config.n_critics), range(B)):
             state, action = self.batch.observations[b], self.batch.actions[b]
-            total += (self.q(self.own, "critic", twin, state, action) - self.target(b)) ** 2 / B
+            total += (self.q(self.own, "critic", critic, state, action) - self.target(b)) ** 2 / B
         return total
 
     def alpha_prime_loss(self) -> float:
-        return -0.5 * self.alpha_prime(self.own) * sum(self.excess(self.held))
+        return -self.alpha_prime(self.own) * float(np.mean(self.excess(self.held)))
 
     def actor_loss(self) -> float:
         total = 0.0
@@ -161,10 +166,13 @@ class Formulas:
             action, log_density = self.sample(self.own, state, noise)
             if self.cloning:
                 inside = np.clip(data_action, -1 + 1e-6, 1 - 1e-6)
-                merit = self.log_density(self.own, state, np.arctanh(inside))
+                value = self.log_density(self.own, state, np.arctanh(inside))
             else:
-                merit = min(self.q(self.held, "critic", twin, state, action) for twin in range(2))
-            total += (self.alpha() * log_density - merit) / B
+                value = min(
+                    self.q(self.held, "critic", critic, state, action)
+                    for critic in range(self.config.n_critics)
+                )
+            total += (self.alpha() * log_density - value) / B
         return total
 
     def alpha_loss(self) -> float:
@@ -303,3 +311,17 @@ def test_drawn_noise_has_the_shapes_and_the_distributions(best):
     counts = torch.histc(noise.random, bins=10, min=-1, max=1)
     assert torch.all((counts - 1000).abs() < 200)
     assert len({draw.flatten()[0].item() for draw in noise}) == 5
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_metrics_have_corls_names_for_two_critics_and_the_spread_of_more(n):
+    agent, batch = make_agent(n_critics=n), make_batch()
+    _, metrics = agent.losses(batch, make_noise(agent.config), CQL_ALPHA, True, False)
+    assert all(value.shape == () for value in metrics.values())
+    assert ("cql_q2_rand" in metrics) == (n > 1) and "qf3_loss" not in metrics
+    qs = agent.critic(batch.observations, batch.actions[:, None]).detach().numpy()[..., 0]
+    for number in range(1, min(n, 2) + 1):
+        assert metrics[f"average_qf{number}"].item() == pytest.approx(qs[number - 1].mean())
+    assert ("q_spread" in metrics) == (n > 2)
+    if n > 2:
+        assert metrics["q_spread"].item() == pytest.approx(qs.std(0, ddof=1).mean())
