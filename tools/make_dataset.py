@@ -182,7 +182,7 @@ def target_of(args: argparse.Namespace) -> Path:
         exists = target.exists()
         part_of(target).exists()  # its longer name must be possible too
     except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror}") from None
+        raise InputError(f"cannot write {target}: {error.strerror or error}") from None
     if exists:
         raise InputError(f"{target} exists; choose another --output")
     return target
