@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import unicodedata
@@ -97,8 +98,9 @@ def identify(config: Any, dataset: Optional[str], task: str) -> dict[str, Any]:
             options[field.name] = value
     if dataset is not None:
         path = Path(dataset, task if "/" in task else "")
-        files = [file for file in (path, *path.rglob("*")) if file.is_file()]
-        options["dataset_path"] = [path.name, sum(file.stat().st_size for file in files)]
+        inside = [os.path.join(folder, f) for folder, _, files in os.walk(path) for f in files]
+        sizes = [os.path.getsize(file) for file in (path, *inside) if os.path.isfile(file)]
+        options["dataset_path"] = [path.name, sum(sizes)]
     return options
 
 
