@@ -53,7 +53,7 @@ Gradients = dict[str, tuple[Tensor, ...]]  # of what a loss trains, by the loss
 class Config:
     device: str = may_change("cuda", "device")  # Where the networks live: cuda, cuda:N, cpu or auto
     precision: Optional[str] = option(None, "precision")  # float32, tf32; null: tf32 on CUDA
-    compile: bool = may_change(False)  # Compile the losses and their gradients by torch.compile
+    compile: Optional[bool] = may_change(None)  # torch.compile; null: on CPUs, in runs it speeds up
     env: str = "halfcheetah-medium-expert-v2"  # Task name
     seed: int = option(0, "seed")  # Seed of networks, batches and training episodes
     eval_seed: int = option(0, "seed")  # Seed of the evaluation episodes, always the same ones
@@ -292,7 +292,8 @@ class Agent(nn.Module):
         groups = [{"params": p, "lr": lr} for p, lr in zip(self.learned.values(), rates)]
         on_cuda = device.type == "cuda"  # there the optimizer counts its steps on the device
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=on_cuda)
-        self.compute = machine.Compiled(self.gradients) if config.compile else self.gradients
+        compiles = machine.compiles(config.compile, device, config.offline_iterations)
+        self.compute = machine.Compiled(self.gradients) if compiles else self.gradients
 
     def critic_loss(
         self,
@@ -477,7 +478,8 @@ class Agent(nn.Module):
 
     def needs_compiling(self, online: bool) -> bool:
         """Whether the next update begins with half a minute of compiling."""
-        return self.config.compile and not self.compute.is_ready(*self.phase(online))
+        is_compiled = isinstance(self.compute, machine.Compiled)
+        return is_compiled and not self.compute.is_ready(*self.phase(online))
 
     def take(self, checkpoint: dict[str, Any]) -> None:
         """Take its networks, temperatures and, if it has it, the optimizer's state."""

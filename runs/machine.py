@@ -5,6 +5,7 @@ import ctypes
 import math
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,6 +161,20 @@ def kept_random_states() -> Iterator[None]:
         yield
     finally:
         set_random_states(states)
+
+
+WORTH_COMPILING = 5_000  # updates of the offline phase
+
+
+def compiles(wanted: Optional[bool], device: torch.device, offline_updates: int) -> bool:
+    """Whether to compile: as wanted, or else on a CPU with a C++ compiler in all but short runs.
+
+    Does not depend on how long the online phase is, so that an extended run goes on as it began.
+    """
+    if wanted is not None:
+        return wanted
+    has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
+    return device.type == "cpu" and has_compiler and offline_updates >= WORTH_COMPILING
 
 
 class Compiled:

@@ -40,7 +40,7 @@ def folder(folder: Path) -> Path:
 # ---------------------------------------------------------------------------- options
 
 DEFAULTS = yaml.safe_load("""{
-    device: cuda, precision: null, compile: false, env: halfcheetah-medium-expert-v2, seed: 0,
+    device: cuda, precision: null, compile: null, env: halfcheetah-medium-expert-v2, seed: 0,
     eval_seed: 0, eval_freq: 5000, n_episodes: 10, eval_workers: null,
     offline_iterations: 1000000, online_iterations: 1000000,
     checkpoints_path: null, checkpoint_freq: null, resume: true, load_model: "",

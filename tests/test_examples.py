@@ -25,10 +25,9 @@ SHORT = ["--offline_iterations", 10, "--online_iterations", 5, "--n_episodes", 2
         ),
     ],
 )
-def test_an_example_trains_and_goes_on(name, options, metric, tmp_path: Path) -> None:
+def test_an_example_trains(name, options, metric, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "examples" / f"{name}.py", *SMALL, *SHORT, *options]
-    for _ in range(2):  # the second time it finds its run whole
-        subprocess.run([*map(str, command), "--checkpoints_path", "."], cwd=tmp_path, check=True)
+    subprocess.run([*map(str, command), "--checkpoints_path", "."], cwd=tmp_path, check=True)
     (records,) = tmp_path.glob("*/metrics.jsonl")
     found = [json.loads(line) for line in records.read_text().splitlines()]
     assert any(metric in record for record in found)

@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from runs.machine import available_cores, core_limit, memory_limit
+from runs.machine import available_cores, compiles, core_limit, memory_limit
 
 GB = 2**30
 NONE_IN_V1 = 9223372036854771712  # what version 1 writes for no limit
@@ -91,3 +92,21 @@ def test_limits_of_the_control_groups_that_a_process_is_in(name: str, tmp_path: 
 def test_less_than_a_core_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runs.machine.core_limit", lambda: 0.3)
     assert available_cores() == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "compiler", "updates", "expected"),
+    [
+        (None, "cpu", "sh", 5_000, True),
+        (None, "cpu", "sh", 4_999, False),
+        (None, "cpu", "no-such-compiler", 5_000, False),
+        (None, "cuda", "sh", 5_000, False),
+        (True, "cuda", "no-such-compiler", 0, True),
+        (False, "cpu", "sh", 5_000, False),
+    ],
+)
+def test_long_runs_on_a_cpu_with_a_compiler_are_compiled(
+    wanted, device, compiler, updates, expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert compiles(wanted, torch.device(device), updates) == expected

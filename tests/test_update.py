@@ -1,14 +1,18 @@
 """What makes the update fast; for a GPU, shown without one: no waiting for it, and one graph."""
 
+import contextlib
 import functools
 import os
 import shutil
+import signal
 
 import pytest
 import torch
 import torch._inductor.config
 
 from cal_ql import Agent, Batch, Config
+from helpers import RUN, finish, start_run, wait_until
+from runs import machine
 
 S, A = 5, 2
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -94,3 +98,32 @@ def test_without_a_compiler_updates_are_eager_and_one_line_says_so(capsys):
     torch.testing.assert_close(*(dict(agent.named_parameters()) for agent in agents))
     (line,) = capsys.readouterr().out.splitlines()
     assert "compile: torch.compile fails" in line and "no-such-compiler" in line
+
+
+def test_a_signal_ends_a_run_while_it_compiles(tmp_path):
+    """The compiler takes an hour. What is saved then is the state before the first update."""
+    called = tmp_path / "called"
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\ntouch {called}\nexec sleep 3600\n")
+    compiler.chmod(0o755)
+    env = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    process = start_run(tmp_path, *RUN, "--compile", "true", env=env, start_new_session=True)
+    wait_until(process, called.exists)
+    process.terminate()
+    done = finish(process)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # the compiler
+    assert done.returncode == 143 and "compiling" in done.stderr
+    assert "stopped: by SIGTERM" in done.stderr and "Traceback" not in done.stderr
+    (checkpoint,) = tmp_path.glob("*/checkpoint_*.pt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["step"] == saved["updates"] == 0
+
+
+def test_what_is_drawn_ahead_does_not_count():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with machine.kept_random_states():
+        torch.rand(7)
+    assert torch.equal(torch.rand(3), expected)
