@@ -294,6 +294,7 @@ def make_agent(**options) -> Agent:
     """An agent in float64, its parameters far from zero and from each other."""
     torch.manual_seed(2)  # with it, values lie on both sides of the bound
     sizes = dict(batch_size=B, cql_n_actions=N, hidden_dim=7, actor_n_hidden_layers=2)
+    sizes |= dict(compile=False)
     agent = Agent(S, A, Config(**sizes | options), torch.device("cpu")).double()
     for network, scale in ((agent.actor, 0.5), (agent.critic, 1.0), (agent.target_critic, 1.0)):
         for parameter in network.parameters():

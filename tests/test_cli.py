@@ -182,6 +182,7 @@ BAD_OPTIONS = {
     "--env antmaze-umase-v2": "close matches: antmaze-umaze-v2",
     "--name ../../x": "name",
     "--device mps": "device",
+    "--device cuda:01": "device",
     "--device xpu": "device",
     "--device meta": "device",
     "--load_model text": "text is not a valid checkpoint",

@@ -1,5 +1,7 @@
 """Evaluation: the same episodes whoever plays them, and one line for whatever goes wrong."""
 
+import _multiprocessing
+import errno
 import functools
 import math
 import multiprocessing
@@ -22,7 +24,7 @@ from cal_ql import (
     play_episode,
 )
 from helpers import RUN, start_run, wait_until
-from runs.errors import RunError
+from runs.errors import InputError, RunError
 from runs.workers import Workers
 
 MAZE = "maze2d-umaze-v1"
@@ -96,6 +98,25 @@ def test_failures_of_workers_end_an_evaluation_in_one_line(actor):
     with pytest.raises(RunError, match="evaluation episodes has died"):
         workers.map(played_by(actor), seeds)
     workers.close()
+
+
+def test_a_task_that_a_worker_cannot_make_is_named_as_it_is(actor, capfd):
+    workers = Workers(2, 2, None, functools.partial(tasks.make, "maze2d-umase-v1"))
+    with pytest.raises(InputError, match="D4RL has no task 'maze2d-umase-v1'"):
+        workers.map(played_by(actor), [0, 1])
+    workers.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_without_shared_memory_one_process_plays(actor, monkeypatch, capsys):
+    def refuse(*args, **options):
+        raise OSError(errno.EROFS, "Read-only file system", "/dev/shm")
+
+    monkeypatch.setattr(_multiprocessing, "SemLock", refuse)
+    workers = Workers(2, 2, tasks.make(MAZE), make_maze)
+    assert len(workers.map(played_by(actor), [0, 1])) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("eval_workers: ") and "/dev/shm" in line
 
 
 def group_members(leader: int) -> list[str]:

@@ -207,7 +207,9 @@ def test_intervals():
 
 @pytest.mark.parametrize("best_of_many", [False, True])
 def test_benchmark_counts_the_operations_that_torch_counts(best_of_many):
-    sizes = dict(batch_size=8, hidden_dim=24, cql_n_actions=3, actor_n_hidden_layers=2)
+    sizes = dict(
+        batch_size=8, hidden_dim=24, cql_n_actions=3, actor_n_hidden_layers=2, compile=False
+    )
     config = cal_ql.Config(**sizes, q_n_hidden_layers=4, cql_max_target_backup=best_of_many)
     agent = cal_ql.Agent(5, 2, config, torch.device("cpu"))
     column, wide = torch.zeros(8), torch.zeros(8, 5)

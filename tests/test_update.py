@@ -22,7 +22,7 @@ def make_agent(device: torch.device = CPU, **options) -> Agent:
     torch.manual_seed(0)
     sizes = dict(batch_size=8, cql_n_actions=3, hidden_dim=16, actor_n_hidden_layers=1)
     everything = dict(cql_lagrange=True, cql_max_target_backup=True, backup_entropy=True)
-    everything |= dict(critic_layer_norm=True)
+    everything |= dict(critic_layer_norm=True, compile=False)
     return Agent(S, A, Config(**sizes | everything | options), device)
 
 
