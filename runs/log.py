@@ -179,9 +179,12 @@ class Log:
     def paused(self, why: str = "") -> Iterator[None]:
         """What is done meanwhile does not count as time of updates; the bar says `why`."""
         before = time.perf_counter()
+        description = self.bar.desc
         if why:
             self.bar.set_description(why)
         yield
+        if why:
+            self.bar.set_description_str(description)
         self.interval_start += time.perf_counter() - before
 
     def advance(self) -> None:

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class WorkerDied(RunError):
-    """A worker process has ended without an answer."""
+    """A worker process cannot begin, or has ended without an answer."""
 
 
 class Workers:
@@ -83,5 +83,5 @@ def start_worker(make_task: Callable[[], Any]) -> None:
 
 def play_in_worker(play: bytes, seed: int) -> Any:
     if failure:
-        raise failure
+        raise WorkerDied(f"a process that plays evaluation episodes cannot begin: {failure}")
     return pickle.loads(play)(worker_task, seed)
