@@ -8,7 +8,7 @@ with one change. For each critic Q the objective is
 
 where a runs over sampled actions, the max applies to the policy's actions only, and V(s) is the
 return-to-go of the behaviour policy that produced s. CQL pushes Q below the true returns. The max
-stops that push at a return that was really achieved, so fine-tuning has nothing to unlearn.
+stops that push at a return that was really achieved, so Q keeps the scale of returns.
 
     python cal_ql.py --config_path configs/quickstart.yaml
     python cal_ql.py --config_path configs/antmaze.yaml --env antmaze-large-play-v2 --seed 1
@@ -45,7 +45,7 @@ machine.flush_denormals()
 
 Array = np.ndarray
 Scalars = dict[str, Tensor]
-Gradients = dict[str, tuple[Tensor, ...]]  # of what a loss trains, by the loss
+Gradients = dict[str, tuple[Tensor, ...]]  # by loss, of the parameters it trains
 
 
 # ---------------------------------------------------------------------------- options
@@ -59,13 +59,13 @@ class Config:
     eval_seed: int = option(0, "seed")  # Seed of the evaluation episodes, always the same ones
     eval_freq: int = may_change(5000, ">= 1")  # Steps between two evaluations
     n_episodes: int = may_change(10, ">= 1")  # Episodes per evaluation
-    eval_workers: Optional[int] = may_change(None, ">= 1")  # Processes for these; null: one a core
+    eval_workers: Optional[int] = may_change(None, ">= 1")  # Processes for them; null: cores, to 8
     offline_iterations: int = option(1_000_000, ">= 0")  # Updates in the offline phase
-    online_iterations: int = may_change(1_000_000, ">= 0")  # Environment steps after it
-    checkpoints_path: Optional[FilePath] = may_change(None, "path")  # Folder of runs; null: none
-    checkpoint_freq: Optional[int] = may_change(None, ">= 1")  # Steps between two; null: eval_freq
+    online_iterations: int = may_change(1_000_000, ">= 0")  # Environment steps, the online phase
+    checkpoints_path: Optional[FilePath] = may_change(None, "path")  # Parent of run folders
+    checkpoint_freq: Optional[int] = may_change(None, ">= 1")  # Steps between saves; null eval_freq
     resume: bool = may_change(True)  # Continue the run in checkpoints_path; false refuses to
-    load_model: FilePath = ""  # Checkpoint whose networks, temperatures and scaling a new run takes
+    load_model: FilePath = ""  # Checkpoint with the networks and scaling that a new run starts from
 
     buffer_size: int = option(2_000_000, ">= 1")  # Transitions that each replay buffer can hold
     batch_size: int = option(256, ">= 1")  # Transitions per update
@@ -77,17 +77,17 @@ class Config:
     qf_lr: float = option(3e-4, "> 0")  # Learning rate of critics and Lagrange multiplier
     soft_target_update_rate: float = option(5e-3, "0 to 1")  # Rate at which the targets follow
     bc_steps: int = option(0, ">= 0")  # First updates, in which the actor clones the data
-    target_update_period: int = option(1, ">= 1")  # Updates between two of the target critics
+    target_update_period: int = option(1, ">= 1")  # Updates between target updates
 
     cql_alpha: float = option(10.0, ">= 0")  # Weight of the CQL regularizer in the offline phase
-    cql_alpha_online: float = option(10.0, ">= 0")  # The same in the online phase
+    cql_alpha_online: float = option(10.0, ">= 0")  # Its weight in the online phase
     cql_n_actions: int = option(10, ">= 1")  # Actions per state and kind: random, pi(s), pi(s')
     cql_importance_sample: bool = True  # Weight the sampled actions by their inverse density
     cql_lagrange: bool = False  # Tune the regularizer's weight by a Lagrange multiplier
-    cql_target_action_gap: float = option(-1.0, "finite")  # Difference at which it rests
+    cql_target_action_gap: float = option(-1.0, "finite")  # CQL difference that it aims at
     cql_temp: float = option(1.0, "> 0")  # Temperature of the logsumexp
     cql_max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions
-    cql_clip_diff_min: float = option(-math.inf, "not nan")  # Lower clip of the CQL difference
+    cql_clip_diff_min: float = option(-math.inf, "< inf")  # Lower clip of the CQL difference
     cql_clip_diff_max: float = math.inf  # Upper clip of the CQL difference
     calibrate: bool = True  # Policy actions' Q is at least the return-to-go; false is plain CQL
     calibrate_online: bool = True  # Calibrate in the online phase too; false is what CORL does
@@ -338,13 +338,13 @@ class Agent(nn.Module):
             "qf_loss": td_error,
             "cql_qf_diff": difference,
             "cql_min_qf_loss": regularizer,
-            "average_target_q": next_q.mean(),
+            "average_target_q": next_q.mean(),  # by CORL's name; without reward and discount
             **q_metrics(qs, policy_q, batch.returns_to_go),
         }
 
     @torch.no_grad()
     def td_target(self, batch: Batch, next_sample: Sample) -> tuple[Tensor, Tensor]:
-        """TD targets [B] by the best of the next actions, and the values [B] of these."""
+        """TD targets [B], and the values [B] of the best next actions, which they bootstrap."""
         next_qs = self.target_critic(batch.next_observations, next_sample.actions)  # [C, B, N]
         next_q, best = next_qs.amin(0).max(-1)  # [B]
         if self.config.backup_entropy:
@@ -387,7 +387,7 @@ class Agent(nn.Module):
 
     def alpha_loss(self, log_density: Tensor) -> tuple[Tensor, Scalars]:
         """Loss of the temperature, which grows while the entropy is below its target, -A."""
-        excess = log_density.detach() - self.action_dim  # of the target over the entropy
+        excess = log_density.detach() - self.action_dim  # target entropy - entropy
         loss = -(self.log_alpha * excess).mean()
         return loss, {"alpha_loss": loss}
 
@@ -412,7 +412,7 @@ class Agent(nn.Module):
         zero = torch.zeros_like(self.log_alpha)
         metrics = {"alpha": self.alpha, "alpha_loss": zero, "alpha_prime": zero}
         metrics |= {"alpha_prime_loss": zero, "average_return_to_go": batch.returns_to_go.mean()}
-        metrics |= actor_info | name_per_critic(critic_info)
+        metrics |= actor_info | critic_info
         if self.config.use_automatic_entropy_tuning:
             losses["alpha"], info = self.alpha_loss(sample.log_density)
             metrics |= info
@@ -420,7 +420,7 @@ class Agent(nn.Module):
             difference = critic_info["cql_qf_diff"]
             losses["alpha_prime"], info = self.alpha_prime_loss(difference, cql_alpha)
             metrics |= info
-        return losses, metrics
+        return losses, name_per_critic(metrics)
 
     def gradients(self, *args: Any) -> tuple[Gradients, Scalars]:
         """For the arguments of `losses`, the gradients of what each loss trains, and the metrics.
@@ -450,7 +450,7 @@ class Agent(nn.Module):
         )
 
     def phase(self, online: bool) -> tuple[float, bool, bool]:
-        """What the next update's losses depend on beside data: cql_alpha, calibrated, cloning."""
+        """What the next update's losses depend on besides data: cql_alpha, calibrated, cloning."""
         config = self.config
         cql_alpha = config.cql_alpha_online if online else config.cql_alpha
         calibrated = config.calibrate and (config.calibrate_online or not online)
@@ -467,7 +467,7 @@ class Agent(nn.Module):
             for parameter, gradient in zip(self.learned[name], values):
                 parameter.grad = gradient
         self.optimizer.step()
-        self.optimizer.zero_grad()  # where the update is a captured graph, it owns that memory
+        self.optimizer.zero_grad()  # a captured graph reuses the memory of gradients
         self.updates += 1
         if self.updates % self.config.target_update_period == 0:
             targets = list(self.target_critic.parameters())
@@ -481,8 +481,8 @@ class Agent(nn.Module):
         is_compiled = isinstance(self.compute, machine.Compiled)
         return is_compiled and not self.compute.is_ready(*self.phase(online))
 
-    def take(self, checkpoint: dict[str, Any]) -> None:
-        """Take its networks, temperatures and, if it has it, the optimizer's state."""
+    def load_networks(self, checkpoint: dict[str, Any]) -> None:
+        """Load networks, temperatures and, if the checkpoint has it, the optimizer's state."""
         self.load_state_dict(checkpoint["agent"])
         if "optimizer" in checkpoint:
             own = self.optimizer.state_dict()  # this run's learning rates stay
@@ -572,7 +572,7 @@ def make_scaling(rows: dict[str, Array], ends: Array, config: Config, task: Task
 class Dataset(NamedTuple):
     """The offline data on the training device, sampled uniformly with replacement."""
 
-    rows: Batch  # tensors [N, ...], of which the last rows of cut episodes are no transitions
+    rows: Batch  # tensors [N, ...], with the last rows of cut episodes, which are no transitions
     transitions: Tensor  # [n] int, the rows that are
     n_episodes: int
     scaling: Scaling
@@ -746,12 +746,12 @@ class Run:
     workers: Workers  # they play evaluation episodes
     metrics: MeanMetrics = field(default_factory=MeanMetrics)
     progress: Progress = field(default_factory=Progress)
-    saved: Progress = field(default_factory=Progress)  # as of the newest checkpoint
+    saved_at: Progress = field(default_factory=Progress)  # that of the newest checkpoint
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue where the checkpoint stands; the agent has taken its networks already."""
         self.progress = Progress(**saved["counts"])
-        self.saved = replace(self.progress)
+        self.saved_at = replace(self.progress)
         done = self.progress.step - self.config.offline_iterations
         if done > self.config.online_iterations:
             found = f"found {self.config.online_iterations}, expected {done} or more"
@@ -781,7 +781,7 @@ class Run:
             "random_states": machine.random_states(),
         }
         self.directory.save(state, keep=(self.config.offline_iterations, self.config.total_steps))
-        self.saved = replace(self.progress)
+        self.saved_at = replace(self.progress)
 
     def evaluate(self) -> dict[str, float]:
         """Mean and spread over the evaluation episodes, played by the policy's mean actions."""
@@ -866,9 +866,9 @@ def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> R
     saved = directory.load(device, form, identity(config)) if directory else None
     model = saved
     if config.load_model and not saved:
-        model = load_model(Path(config.load_model), device, form)
+        model = load_model(Path(config.load_model), device, form, vars(config), NETWORKS)
     if model:
-        agent.take(model)
+        agent.load_networks(model)
     scaling = {k: v.cpu().numpy() for k, v in model["scaling"].items()} if model else {}
     dataset = load_dataset(config, task, data, device, scaling)
     online = OnlineBuffer(config, task, device)
@@ -883,7 +883,7 @@ def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> R
 
 
 def train_step(run: Run, online: bool) -> None:
-    """One step: an update offline; online an environment step's `online_utd_ratio` updates."""
+    """One step: an update offline, `online_utd_ratio` updates for an environment step online."""
     run.progress.step += 1
     run.progress.steps_owed -= online
     for _ in range(run.config.online_utd_ratio if online else 1):
@@ -902,7 +902,7 @@ def evaluate_and_save(run: Run, log: Log, stop: StopSignals) -> None:
         run.progress.evaluated_at = step
         log.write(step, scores)
     is_due = phase_ended or step % (config.checkpoint_freq or config.eval_freq) == 0
-    if is_due and step > 0 and run.saved != run.progress:
+    if is_due and step > 0 and run.saved_at != run.progress:
         run.save()
 
 
@@ -927,11 +927,12 @@ def train(run: Run, log: Log, stop: StopSignals) -> None:
         log.advance()
         if progress.step % config.log_freq == 0 or progress.step == config.total_steps:
             log.write_means(progress.step, run.metrics)
-        if progress.step % config.log_freq == 0:  # else an extended run goes on with these
+        if progress.step % config.log_freq == 0:  # at the end an extended run needs them
             run.metrics.count = 0
 
 
 # ---------------------------------------------------------------------------- command line
+NETWORKS = "env hidden_dim n_critics q_n_hidden_layers actor_n_hidden_layers critic_layer_norm"
 # What must hold between options, and the same in words.
 RANGES: Ranges = [
     ("discount", lambda x, c: x < 1 or not c.is_sparse_reward, "below 1 for is_sparse_reward"),
@@ -965,8 +966,7 @@ def check_memory(config: Config, task: Task, device: torch.device) -> None:
     activations = config.n_critics * rows * hidden * config.q_n_hidden_layers  # for the gradient
     stored = min(config.buffer_size, config.online_iterations) * (2 * inputs - task.action_dim + 3)
     needed = 4 * (5 * critics + 4 * actor + activations + stored)  # gradients, Adam and targets too
-    names = "hidden_dim n_critics q_n_hidden_layers actor_n_hidden_layers batch_size cql_n_actions"
-    names += " buffer_size online_iterations"
+    names = f"{NETWORKS} batch_size cql_n_actions buffer_size online_iterations"
     machine.check_memory(needed, device, {name: getattr(config, name) for name in names.split()})
 
 
@@ -993,7 +993,7 @@ def main() -> None:
                 log.close(patience=60.0)
     finally:
         run.workers.close()
-        log.close(patience=1.0)  # there is a hurry, or it is closed already
+        log.close(patience=1.0)  # when stopping there is no time to wait
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from runs.errors import (
     InputError,
     RunError,
     Stop,
+    check_regular,
     describe,
     is_system_error,
     open_regular,
@@ -103,8 +104,7 @@ class RunDirectory:
             self.cut_records()
             self.rows.truncate(self.sizes()["rows"])
             self.rows.seek(0, os.SEEK_END)
-            with open_regular(self.path / "config.yaml", "w", encoding="utf-8") as file:
-                yaml.safe_dump(options, file)
+            write_whole(self.path / "config.yaml", yaml.safe_dump(options).encode())
             with open_regular(starts, "ab+") as file:
                 file.seek(0)
                 earlier = file.read().splitlines() if step else []
@@ -161,9 +161,7 @@ class RunDirectory:
             self.metrics.truncate(len(cut))
             self.metrics.seek(0, os.SEEK_END)
             return
-        part = path.with_suffix(".part")
-        part.write_bytes(cut)
-        os.replace(part, path)
+        write_whole(path, cut)
         self.metrics.close()
         self.metrics = open_regular(path, "ab")
 
@@ -225,16 +223,7 @@ class RunDirectory:
         if self.last_step != state["step"]:
             sizes["records_at_step"] = 0
         torch.save({**state, "format": FORMAT, "sizes": sizes}, image)
-        path = self.path / f"checkpoint_{state['step']}.pt"
-        part = path.with_suffix(".part")
-        try:
-            with open(part, "wb") as file:
-                file.write(image.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(self.path / f"checkpoint_{state['step']}.pt", image.getbuffer())
         for old in self.checkpoints()[:-2]:
             if step_of(old) not in keep:
                 old.unlink()
@@ -272,6 +261,8 @@ class RunDirectory:
     def load_with_its_rows(self, path: Path, device: torch.device, form: Any) -> dict[str, Any]:
         state = load_checkpoint(path, device, form and {**form, **COUNTED})
         check_form({key: state.get(key) for key in COUNTED}, COUNTED, path)
+        if state.get("counts", {}).get("step", state["step"]) != state["step"]:
+            raise InputError(f"{path} is not a valid checkpoint (it says two different steps)")
         if self.rows.tell() < state["sizes"]["rows"]:
             raise InputError(f"{self.rows.name} is shorter than {path.name} says")
         return state
@@ -283,6 +274,21 @@ class RunDirectory:
                 aside = aside.with_name(f"{aside.name}_")
             path.rename(aside)
             print(f"{problem}: {path.name} is set aside, the run goes on from the one before")
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """Write bytes beside their place, sync, rename: the file is whole, or as it was."""
+    with contextlib.suppress(FileNotFoundError):
+        check_regular(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def is_record(line: bytes) -> bool:
@@ -321,7 +327,7 @@ def saved_on_failure(directory: Optional[RunDirectory], save: Callable[[], None]
     except (RunError, OSError, torch.OutOfMemoryError) as error:
         saved = directory.checkpoints() if directory else []
         last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
-        raise RunError(f"{error}; {last}") from error
+        raise RunError(f"{describe(error)}; {last}") from error
 
 
 def step_of(checkpoint: Path) -> Optional[int]:
@@ -378,11 +384,20 @@ class Maybe(NamedTuple):
     form: Any
 
 
-WHOLE = Maybe(int)
+def at_least_0(value: Any) -> bool:
+    """a whole number, 0 or more"""
+    return type(value) is int and value >= 0
+
+
 COUNTED = {  # what the directory itself adds and reads
     "format": int,
-    "step": int,
-    "sizes": {"metrics": int, "rows": int, "records": WHOLE, "records_at_step": WHOLE},
+    "step": at_least_0,
+    "sizes": {
+        "metrics": at_least_0,
+        "rows": at_least_0,
+        "records": Maybe(at_least_0),
+        "records_at_step": Maybe(at_least_0),
+    },
 }
 
 
@@ -423,18 +438,18 @@ def run_form(
         moments[number] = Maybe({"step": torch.tensor(0.0), "exp_avg": alike, "exp_avg_sq": alike})
 
     def is_scaling(values: Any) -> bool:
-        """one or S numbers in float32"""
+        """one or S finite numbers in float32"""
         sizes = [(1,), (observation_dim,)]
         is_float = torch.is_tensor(values) and values.dtype == torch.float32
-        return is_float and tuple(values.shape) in sizes
+        return is_float and tuple(values.shape) in sizes and bool(values.isfinite().all())
 
     return {
         **COUNTED,
         "identity": dict,
         "config": dict,
         "scaling": {"observation_mean": is_scaling, "observation_std": is_scaling},
-        "counts": form_of(counts),
-        "updates": int,
+        "counts": {name: at_least_0 for name in counts} | {"evaluated_at": int},
+        "updates": at_least_0,
         "agent": dict(networks),
         "optimizer": {"state": moments, "param_groups": list},
         "metrics": are_metrics,
@@ -445,21 +460,49 @@ def run_form(
 MODEL = "format", "step", "config", "scaling", "agent"  # what is needed to play, or to start from
 
 
+def model_form(form: dict[str, Any]) -> dict[str, Any]:
+    """A run's form of which only what is needed to play must be there."""
+    return {key: part if key in MODEL else Maybe(part) for key, part in form.items()}
+
+
 def load_model(
-    path: Path, device: torch.device, form: dict[str, Any], option: str = "load_model"
+    path: Path, device: torch.device, form: dict[str, Any], options: dict[str, Any], names: str
 ) -> dict[str, Any]:
-    """Read a checkpoint for its networks; other parts of a run's form may be missing."""
-    form = {key: part if key in MODEL else Maybe(part) for key, part in form.items()}
-    return load_checkpoint(path, device, form, option)
+    """Read the checkpoint of `load_model` for a run of that form and those options.
+
+    Of the options that `names` lists depend the networks; an error says which of them differ.
+    """
+    saved = load_checkpoint(path, device, option="load_model")
+    config = saved.get("config")
+    theirs = config if isinstance(config, dict) else {}
+    differ = [name for name in names.split() if theirs.get(name, options[name]) != options[name]]
+    try:
+        check_form(saved, model_form(form), path, "load_model")
+    except InputError:
+        if not differ:
+            raise
+        found = ", ".join(f"{name} {theirs[name]}" for name in differ)
+        expected = ", ".join(f"{name} {options[name]}" for name in differ)
+        raise InputError(
+            f"load_model: {path} has networks for {found}, expected {expected}"
+        ) from None
+    return saved
 
 
 def are_metrics(value: Any) -> bool:
     """names, a count and, if that is not 0, a number for each name"""
-    try:
-        sums = [value["total"], value["bad_step"]] if value["count"] else []
-        return all(len(values) == len(value["names"]) for values in sums)
-    except (LookupError, TypeError):
+    if not isinstance(value, dict) or value.keys() != {"names", "count", "total", "bad_step"}:
         return False
+    names = value["names"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return False
+    sums = [value["total"], value["bad_step"]]
+    if not at_least_0(value["count"]):
+        return False
+    return value["count"] == 0 or all(
+        torch.is_tensor(one) and one.is_floating_point() and one.shape == (len(names),)
+        for one in sums
+    )
 
 
 def are_random_states(value: Any) -> bool:
@@ -490,6 +533,8 @@ def compare(value: Any, form: Any, place: list[str]) -> None:
         is_alike = torch.is_tensor(value) and value.dtype == form.dtype
         if not is_alike or value.shape != form.shape:
             raise FormError(place, kind_of(value), kind_of(form))
+        if value.is_floating_point() and not value.isfinite().all():
+            raise FormError(place, "NaN or infinite numbers", "finite ones")
     elif isinstance(form, type):
         if not isinstance(value, form) or (isinstance(value, bool) and form is not bool):
             raise FormError(place, kind_of(value), form.__name__)

@@ -15,7 +15,7 @@ import wandb
 from torch import Tensor
 from tqdm import tqdm
 
-from runs.directory import RunDirectory
+from runs.directory import RunDirectory, write_whole
 from runs.errors import RunError, expand_home, open_regular
 
 
@@ -29,6 +29,9 @@ class MeanMetrics:
         self.bad_step: Optional[Tensor] = None  # [metrics], the first that was not finite, or inf
 
     def add(self, metrics: dict[str, Tensor], step: int) -> None:
+        if self.count and metrics.keys() != set(self.names):
+            print("the metrics are others than before: their averages begin anew")
+            self.count = 0
         if self.count == 0:
             self.names = list(metrics)
         values = torch.stack([metrics[name] for name in self.names])
@@ -52,9 +55,10 @@ class MeanMetrics:
 
 
 def name_per_critic(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Metrics with a value for each critic [C], as CORL names those of the first two.
+    """Scalar metrics. Those with a value for each critic [C] are named as CORL names the first two.
 
     `qf_loss` becomes `qf1_loss` and `qf2_loss`, `cql_q_rand` becomes `cql_q1_rand` and so on.
+    Raises ValueError for a metric of another shape or name.
     """
     named = {}
     for name, values in metrics.items():
@@ -62,7 +66,10 @@ def name_per_critic(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
             named[name] = values
             continue
         for number, value in enumerate(values[:2], start=1):
-            named[re.sub("qf?(?=_|$)", rf"\g<0>{number}", name)] = value
+            numbered = re.sub("(?<![a-z])qf?(?=_|$)", rf"\g<0>{number}", name)
+            if values.ndim > 1 or numbered == name:
+                raise ValueError(f"metric {name}: found shape {list(values.shape)}, expected []")
+            named[numbered] = value
     return named
 
 
@@ -70,7 +77,7 @@ class Wandb:
     """A W&B run: offline where there is no key or no server, and never in training's way.
 
     The id that is really used stays in the directory's wandb_id, and a resumed run sends all its
-    records again: W&B gets each at least once, and equal steps lie on themselves.
+    records again: W&B gets each at least once, and a record sent twice overwrites itself.
     """
 
     def __init__(self, directory: Optional[RunDirectory], **options: Any):
@@ -110,9 +117,8 @@ class Wandb:
             return None
 
     def keep_id(self, directory: RunDirectory) -> None:
-        path = directory.path / "wandb_id"
-        with contextlib.suppress(OSError), open_regular(path, "w") as file:  # see `known_id`
-            file.write(self.run.id)
+        with contextlib.suppress(OSError):  # see `known_id`
+            write_whole(directory.path / "wandb_id", self.run.id.encode())
 
     def send(self, record: dict[str, Any]) -> None:
         try:

@@ -58,7 +58,7 @@ HOLDS: dict[str, tuple[Callable[[Any], Any], str]] = {  # ranges: what must hold
     "> 0": (lambda x: 0 < x < math.inf, "a number above 0"),
     "0 to 1": (lambda x: 0 <= x <= 1, "0 to 1"),
     "finite": (math.isfinite, "a finite number"),
-    "not nan": (lambda x: not math.isnan(x), "a number"),
+    "< inf": (lambda x: x < math.inf, "a number below inf"),
     "device": (
         lambda x: re.fullmatch(r"auto|cpu|cuda(:[1-9]?\d)?", x),
         "cuda, cuda:N, cpu or auto",
@@ -149,6 +149,8 @@ def cast(text: Optional[str], kind: Any) -> Any:
     if text is None:
         if type(None) in get_args(kind):
             return None
+        if kind is FilePath:  # "" is its null
+            return ""
         raise TypeError
     kind = value_type(kind)
     if kind in (str, FilePath):

@@ -114,6 +114,7 @@ def call_program(name: str, program: Callable[[], int], *args: Any) -> subproces
         kept_signals(),
     ):
         code = program()
+    gc.collect()  # what an error's frames hold, such as a run directory's lock
     for stream in (out, err):
         stream.seek(0)
     return subprocess.CompletedProcess(args, code, out.read(), err.read())

@@ -83,7 +83,6 @@ def test_a_text_means_the_same_in_a_file_and_on_the_command_line(
         *[("factor", text) for text in ("0x10", "1:30.5", "1e999", "9" * 400, "x", "null", "yes")],
         *[("flag", text) for text in ("yes", "no", "on", "off", "1", "0", "y", "tRUE", "None")],
         *[("name", text) for text in ("null", "None", "~")],
-        ("model", "null"),
     ],
 )
 def test_what_is_no_value_of_an_option_is_refused_in_a_file_and_on_the_command_line(
@@ -152,6 +151,7 @@ def test_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rea
     assert parse("--folder=~/runs").folder == f"{tmp_path}/runs"
     assert type(parse("--folder=~/runs").folder) is str
     assert parse("--model", "~/x.pt").model == f"{tmp_path}/x.pt"
+    assert parse("--model=None").model == ""
     assert read("folder: ~/runs\nname: ~/x").folder == f"{tmp_path}/runs"
     assert read("folder: ~/runs\nname: ~/x").name == "~/x"  # no path
     (tmp_path / "at_home.yaml").write_text("count: 3")

@@ -162,7 +162,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(left_alone: Path, folde
     others = dict.fromkeys(("hidden_dim", "q_n_hidden_layers", "actor_n_hidden_layers"), 9)
     for other, value in (others | {"critic_layer_norm": True}).items():
         line = error_line(call(*RUN, "--load_model", newest(left_alone), f"--{other}", value))
-        assert f"load_model: {newest(left_alone)}" in line and "(agent" in line
+        assert f"load_model: {newest(left_alone)} has networks for {other}" in line
+        assert f"expected {other} {value}" in line
 
 
 # ---------------------------------------------------------------------------- kills and signals

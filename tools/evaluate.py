@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
 import tasks
-from runs.directory import checkpoints_in, load_checkpoint, load_model, run_form
+from runs.directory import check_form, checkpoints_in, load_checkpoint, model_form, run_form
 from runs.errors import InputError, run_program
 from runs.options import saved_config
 from runs.workers import Workers
@@ -41,12 +41,11 @@ def load_policy(run: Path) -> tuple[cal_ql.Config, cal_ql.Task, cal_ql.Actor, ca
     task = tasks.make(config.env, config.dataset_path)
     print(f"{found[-1]}, on {task.physics}")
     agent = cal_ql.Agent(task.observation_dim, task.action_dim, config, cpu)
-    networks = agent.state_dict()
     counts = vars(cal_ql.Progress())
-    form = run_form(networks, agent.optimizer, task.observation_dim, counts)
-    model = load_model(found[-1], cpu, form, option="")
-    agent.take(model)
-    scaling = {name: value.numpy() for name, value in model["scaling"].items()}
+    form = run_form(agent.state_dict(), agent.optimizer, task.observation_dim, counts)
+    check_form(saved, model_form(form), found[-1])
+    agent.load_networks(saved)
+    scaling = {name: value.numpy() for name, value in saved["scaling"].items()}
     return config, task, agent.actor, cal_ql.Scaling(**scaling, reward_scale=1.0, reward_bias=0.0)
 
 
