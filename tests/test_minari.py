@@ -23,7 +23,16 @@ import torch
 import cal_ql
 import tasks
 from episodes import check_episodes
-from helpers import ROOT, call, error_line, finish, killed_at, resumed_like_left_alone, start_run
+from helpers import (
+    ROOT,
+    call,
+    check_no_goal,
+    error_line,
+    finish,
+    killed_at,
+    resumed_like_left_alone,
+    start_run,
+)
 
 gymnasium, minari = pytest.importorskip("gymnasium"), pytest.importorskip("minari")
 pytest.importorskip("gymnasium_robotics")
@@ -302,6 +311,14 @@ def test_antmaze_needs_no_config_of_its_own(root, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     (run,) = tmp_path.glob("runs/*")  # not a folder for each part of the id
     assert run.name.startswith("Cal-QL-D4RL-antmaze-umaze-v1-seed0-")
+
+
+def test_locomotion_has_neither_success_nor_regret_nor_failures(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [*TINY, "--config_path", ROOT / "configs/locomotion.yaml", "--online_iterations", 40]
+    result = call(*options, "--n_episodes", 1, "--env", CHEETAH, "--dataset_path", root)
+    assert result.returncode == 0, result.stderr
+    check_no_goal(tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
