@@ -1,8 +1,8 @@
 """The recipes by which `make_dataset.py` makes data, a file per family of tasks.
 
 To add one, write a subclass of `common.Recipe` in a file of its own and name it below. What all of
-them do to the rows, and how they do it, is told in description.txt, that of locomotion's in
-locomotion.txt. A copy goes into every file that is made: whoever changes a byte changes those files.
+them do to the rows, and how they do it, is told in description.txt, for locomotion in
+locomotion.txt. A copy goes into every file that is made: to change a byte is to change those files.
 """
 
 import importlib
