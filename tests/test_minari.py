@@ -263,6 +263,17 @@ def test_scores(root, make):
         assert (task.score(0.0, success), success) == (score, score == 100.0)
 
 
+@pytest.mark.parametrize("body", ["Ant", "HalfCheetah", "Hopper", "Walker2d"])
+def test_every_body_is_one_without_a_goal(body, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    name = f"mujoco/{body.lower()}/expert-v0"
+    record(name, Recording(gymnasium.make(f"{body}-v5")))
+    task = tasks.make(name)
+    assert (task.has_goal, task.failure_reward, task.is_locomotion) == (False, None, True)
+    rows = task.rows(tmp_path / name)
+    assert rows["observations"].shape == (36, task.observation_dim)
+
+
 def test_a_made_pointmaze_is_what_its_environment_paid(tmp_path, monkeypatch):
     from tools.recipes import maze2d, pointmaze
 
