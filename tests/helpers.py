@@ -196,6 +196,13 @@ def records_of(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+def check_no_goal(directory: Path) -> None:
+    """What the run below `directory` logs, online and offline, is of a task without a goal."""
+    keys = {key for record in records_of(directory) for key in record}
+    assert {"train/episode_return", "eval/d4rl_normalized_score", "offline_iter"} <= keys
+    assert not [key for key in keys if re.search("success|regret|fail", key)]
+
+
 def flatten(value: Any, name: str) -> dict[str, Any]:
     """The leaves of nested dicts and lists by their path, tensors as bytes."""
     if isinstance(value, (dict, list)):

@@ -92,6 +92,13 @@ PUBLISHED = {
         reward_bias: -4, offline_iterations: 250000, online_iterations: 500000,
         eval_freq: 10000, n_episodes: 20,
         cql_clip_diff_min: -.inf, cql_target_action_gap: -1.0}"""),
+    "locomotion": CORL
+    | yaml.safe_load("""{
+        cql_alpha: 5, cql_alpha_online: 5, cql_lagrange: false,
+        q_n_hidden_layers: 2, actor_n_hidden_layers: 2, hidden_dim: 256, reward_scale: 1,
+        reward_bias: 0, offline_iterations: 250000, online_iterations: 500000,
+        eval_freq: 20000, n_episodes: 20,
+        cql_clip_diff_min: -.inf, cql_target_action_gap: -1.0}"""),
 }
 
 

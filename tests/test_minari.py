@@ -23,7 +23,16 @@ import torch
 import cal_ql
 import tasks
 from episodes import check_episodes
-from helpers import ROOT, call, error_line, finish, killed_at, resumed_like_left_alone, start_run
+from helpers import (
+    ROOT,
+    call,
+    check_no_goal,
+    error_line,
+    finish,
+    killed_at,
+    resumed_like_left_alone,
+    start_run,
+)
 
 gymnasium, minari = pytest.importorskip("gymnasium"), pytest.importorskip("minari")
 pytest.importorskip("gymnasium_robotics")
@@ -254,6 +263,17 @@ def test_scores(root, make):
         assert (task.score(0.0, success), success) == (score, score == 100.0)
 
 
+@pytest.mark.parametrize("body", ["Ant", "HalfCheetah", "Hopper", "Walker2d"])
+def test_every_body_is_one_without_a_goal(body, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    name = f"mujoco/{body.lower()}/expert-v0"
+    record(name, Recording(gymnasium.make(f"{body}-v5")))
+    task = tasks.make(name)
+    assert (task.has_goal, task.failure_reward, task.is_locomotion) == (False, None, True)
+    rows = task.rows(tmp_path / name)
+    assert rows["observations"].shape == (36, task.observation_dim)
+
+
 def test_a_made_pointmaze_is_what_its_environment_paid(tmp_path, monkeypatch):
     from tools.recipes import maze2d, pointmaze
 
@@ -302,6 +322,14 @@ def test_antmaze_needs_no_config_of_its_own(root, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     (run,) = tmp_path.glob("runs/*")  # not a folder for each part of the id
     assert run.name.startswith("Cal-QL-D4RL-antmaze-umaze-v1-seed0-")
+
+
+def test_locomotion_has_neither_success_nor_regret_nor_failures(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [*TINY, "--config_path", ROOT / "configs/locomotion.yaml", "--online_iterations", 40]
+    result = call(*options, "--n_episodes", 1, "--env", CHEETAH, "--dataset_path", root)
+    assert result.returncode == 0, result.stderr
+    check_no_goal(tmp_path / "runs")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ FAILURE_REWARDS = {
     "door-cloned-v1": None,
     "kitchen-mixed-v0": None,
     "halfcheetah-medium-v2": None,
+    "hopper-medium-v2": None,
+    "walker2d-medium-v2": None,
+    "ant-medium-v2": None,
 }
 
 
@@ -31,6 +34,62 @@ def test_what_a_task_says_of_itself(name):
     assert [type(value) for value in found] == [np.ndarray, float, bool, bool, bool]
     assert task.failure_reward == FAILURE_REWARDS[name]
     assert task.has_goal == (name.startswith(("antmaze", "maze2d-umaze-v1", "door", "kitchen")))
+
+
+# sizes of D4RL's observations and actions by the beginning of the id
+SIZES = {"antmaze": (29, 8), "maze2d": (4, 2), "kitchen": (60, 9), "ant-": (111, 8)}
+SIZES |= {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6)}
+SIZES |= {"pen": (45, 24), "door": (39, 28), "hammer": (46, 26), "relocate": (39, 30)}
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_every_id_of_d4rls_with_data_and_reference_scores_is_a_task():
+    """But minigrid's two, whose observations are pictures and whose actions are six directions."""
+    tasks.make("hopper-medium-v2")  # which imports D4RL
+    import gym
+
+    specs = gym.envs.registry.env_specs
+    ids = [name for name, spec in specs.items() if str(spec.entry_point).startswith("d4rl.")]
+    known = {"dataset_url", "ref_min_score", "ref_max_score"}
+    ids = [name for name in ids if known <= set(specs[name].kwargs)]
+    assert len(ids) == 150
+    playable = [name for name in ids if not name.startswith("minigrid")]
+    assert len(playable) == 148
+    for name in playable:
+        task = tasks.make(name)
+        (sizes,) = (sizes for start, sizes in SIZES.items() if name.startswith(start))
+        assert (task.observation_dim, task.action_dim) == sizes, name
+        assert task.max_episode_steps == specs[name].max_episode_steps, name
+        task.reset(seed=0)
+        step = task.step(np.full(task.action_dim, 0.1))
+        assert step.observation.shape == sizes[:1] and np.isfinite(step.observation).all(), name
+        assert np.isfinite(step.reward) and not (step.terminal or step.truncated), name
+        low, high = specs[name].kwargs["ref_min_score"], specs[name].kwargs["ref_max_score"]
+        assert task.score(0.0, False) == pytest.approx(-100 * low / (high - low)), name
+        assert task.score(low, False) == pytest.approx(0.0), name  # a random policy's return
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{body}-random-v2" for body in ("hopper", "halfcheetah", "walker2d", "ant")),
+        *(f"{task}-human-v1" for task in ("pen", "door", "hammer", "relocate")),
+    ],
+)
+def test_a_random_policy_scores_about_0(name):
+    task = tasks.make(name)
+    rng = np.random.default_rng(0)
+    scores = []
+    for seed in range(3):
+        task.reset(seed)
+        rewards = []
+        ended = False
+        while not ended:
+            step = task.step(rng.uniform(-1, 1, task.action_dim))
+            rewards.append(step.reward)
+            ended = step.terminal or step.truncated
+        scores.append(task.score(sum(rewards), step.success))
+    assert abs(np.mean(scores)) < 10
 
 
 NAMES = ["CartPole-v1", "Pendulum-v1", "../x", "", "minigrid-fourrooms-v0", "antmaze-umase-v2"]

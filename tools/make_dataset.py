@@ -7,8 +7,8 @@
 Row i depends on the task, the seed, the demonstrations if any, and i alone, apart from the last
 row's end: a short file is the beginning of a longer one, and the number of workers does not matter.
 
-recipes/description.txt describes the layouts and the recipes. The recipes themselves are in
-recipes/, a file per family of tasks.
+recipes/description.txt, and for locomotion recipes/locomotion.txt, describe the layouts and the
+recipes. The recipes themselves are in recipes/, a file per family of tasks.
 """
 
 import argparse

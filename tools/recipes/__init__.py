@@ -1,8 +1,8 @@
 """The recipes by which `make_dataset.py` makes data, a file per family of tasks.
 
 To add one, write a subclass of `common.Recipe` in a file of its own and name it below. What all of
-them do to the rows, and how they do it, is told in description.txt, a copy of which goes into every
-file that is made: whoever changes a byte of it changes those files.
+them do to the rows, and how they do it, is told in description.txt, for locomotion in
+locomotion.txt. A copy goes into every file that is made: to change a byte is to change those files.
 """
 
 import importlib
@@ -18,6 +18,8 @@ for maze in ("umaze", "medium", "large"):
     RECIPES[f"maze2d-{maze}-v1"] = "maze2d:Maze2D"
 for maze in ANT_MAZES:
     RECIPES[f"antmaze-{maze}-v2"] = "antmaze:AntMaze"
+for body in ("halfcheetah", "hopper", "walker2d", "ant"):
+    RECIPES[f"{body}-random-v2"] = "locomotion:Random"
 for maze in ("open", "umaze", "medium", "large"):
     RECIPES[f"D4RL/pointmaze/{maze}-v2"] = "pointmaze:PointMaze"
 for data in ("navigate", "stitch"):

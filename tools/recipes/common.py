@@ -20,7 +20,8 @@ class Recipe:
         layout: "hdf5" (D4RL's), "npz" (OGBench's) or "minari".
         write: writes rows and metadata to a new path in that layout; see writing.py.
         config: the file in configs/ to train with.
-        noise: that of the actions, noted in the file.
+        noise: that of the actions, noted in the file; None where they are no policy's.
+        description: a text on the data, which goes into every file that is made.
         packages: those whose versions are noted in the file.
         needs_demonstrations: whether `__init__` takes episodes of demonstrations and a seed too.
     """
@@ -28,7 +29,8 @@ class Recipe:
     layout: str
     write: Callable[[Path, Rows, dict[str, Any]], None]
     config: str
-    noise: float
+    noise: float | None = None
+    description: str = DESCRIPTION
     packages: tuple[str, ...]
     needs_demonstrations = False
 
@@ -53,13 +55,15 @@ class Recipe:
 
         about = {
             "command": command,
-            "recipe": DESCRIPTION,
+            "recipe": cls.description,
             "task": task,
             "seed": seed,
             "action_noise": cls.noise,
             "physics": d4rl_compat.PHYSICS,
             "numpy": np.__version__,
         }
+        if cls.noise is None:
+            del about["action_noise"]
         return about | {name: importlib.metadata.version(name) for name in cls.packages}
 
 
