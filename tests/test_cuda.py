@@ -1,0 +1,293 @@
+"""What only a GPU can show: the same updates as on a CPU, no waiting, runs on it and from it.
+
+Skipped without one. `CUDA_TESTS_ON=cpu` tries this file itself on a machine that has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.utils
+from torch import Tensor
+
+import cal_ql
+import tasks
+from cal_ql import Agent, Batch, Config, Noise, Run
+from helpers import (
+    RUN,
+    SMALL,
+    call,
+    error_line,
+    flatten,
+    kept_signals,
+    newest,
+    parse,
+    resumed_like_left_alone,
+    stopped_at,
+    working_in,
+    write_dataset,
+)
+from runs import machine
+from runs.signals import StopSignals
+from runs.workers import Workers
+
+DEVICE = torch.device(os.environ.get("CUDA_TESTS_ON", "cuda"))
+CPU = torch.device("cpu")
+ON_CUDA = DEVICE.type == "cuda"
+pytestmark = pytest.mark.skipif(
+    ON_CUDA and not torch.cuda.is_available(), reason="there is no CUDA device"
+)
+
+S, A, B = 29, 8, 64
+SHORT = ["--offline_iterations", 40, "--online_iterations", 0, "--eval_freq", 1000]
+# steps that change no weight
+STILL = ["--policy_lr", 1e-30, "--qf_lr", 1e-30, "--soft_target_update_rate", 0]
+
+
+@pytest.fixture(autouse=True)
+def kept_precision() -> Iterator[None]:
+    """A run sets the precision of all products in this process."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def set_precision(precision: str) -> None:
+    machine.resolve_device(str(DEVICE), precision if ON_CUDA else None)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Size of the difference to `expected` as a share of its size."""
+    expected = expected.detach().cpu()
+    return float((found.detach().cpu() - expected).norm() / expected.norm())
+
+
+def move_weights(agent: Agent) -> None:
+    """Away from where many are 0, of which no difference would be a small share."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in agent.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(DEVICE)
+
+
+# ------------------------------------------------------------------------- the same as on a CPU
+
+
+def make_agent(device: torch.device, **options: Any) -> Agent:
+    torch.manual_seed(0)
+    sizes = dict(batch_size=B, cql_n_actions=4, hidden_dim=64, q_n_hidden_layers=3)
+    rates = dict(policy_lr=3e-4, qf_lr=3e-4, cql_alpha=5.0)
+    agent = Agent(S, A, Config(**sizes, **rates, **options), CPU)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in agent.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    moved = Agent(S, A, agent.config, device)
+    moved.load_state_dict(agent.state_dict())
+    return moved
+
+
+def make_batch(number: int) -> Batch:
+    generator = torch.Generator().manual_seed(number)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    terminals = (torch.arange(B) % 16 == 0).float()
+    return Batch(normal(B, S), normal(B, A).tanh(), normal(B), normal(B, S), terminals, normal(B))
+
+
+def make_noise(agent: Agent, number: int) -> Noise:
+    torch.manual_seed(number)
+    device, agent.device = agent.device, CPU
+    noise = agent.draw_noise()
+    agent.device = device
+    return noise
+
+
+def updates(agent: Agent, count: int) -> list[dict[str, Tensor]]:
+    """The gradients of so many updates, and after these the parameters, by their names."""
+    results = []
+    for number in range(count):
+        batch = Batch(*(column.to(agent.device) for column in make_batch(number)))
+        noise = Noise(*(draw.to(agent.device) for draw in make_noise(agent, number)))
+        agent.draw_noise = lambda noise=noise: noise
+        gradients, _ = agent.compute_gradients(batch, online=False)
+        results.append({k: v.clone() for k, v in flatten_gradients(gradients).items()})
+        agent.update(batch, online=False)
+        del agent.draw_noise
+    return [*results, dict(agent.named_parameters())]
+
+
+def flatten_gradients(gradients: cal_ql.Gradients) -> dict[str, Tensor]:
+    return {
+        f"gradient {number} of {name}": gradient
+        for name, values in gradients.items()
+        for number, gradient in enumerate(values)
+    }
+
+
+# A rounded value may choose another of two critics or switch a ReLU off, which gradients of small
+# batches show more than weights do.
+OF_GRADIENTS = 20
+
+
+@pytest.mark.parametrize("lagrange", [False, True])
+@pytest.mark.parametrize("importance", [False, True])
+@pytest.mark.parametrize("precision, most", [("float32", 1e-4), ("tf32", 1e-2)])
+def test_five_updates_are_those_of_a_cpu(precision, most, importance, lagrange):
+    set_precision(precision)
+    options = dict(cql_importance_sample=importance, cql_lagrange=lagrange)
+    options |= dict(cql_max_target_backup=True, backup_entropy=True)
+    pairs = zip(*(updates(make_agent(device, **options), 5) for device in (DEVICE, CPU)))
+    far = {
+        (number, name): difference
+        for number, (found, expected) in enumerate(pairs)
+        for name, value in expected.items()
+        if not (difference := relative(found[name], value))
+        <= most * (OF_GRADIENTS if name.startswith("gradient") else 1)
+    }
+    assert far == {}
+
+
+# ------------------------------------------------------------------- no waiting, and one graph
+
+
+@contextlib.contextmanager
+def waiting_raises() -> Iterator[None]:
+    """Within, RuntimeError for whatever makes the CPU wait for the GPU."""
+    if not ON_CUDA:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def make_run(*options: Any) -> Run:
+    """On random data, with an online episode."""
+    config = parse(*SMALL, "--cql_lagrange", True, "--device", DEVICE, *options)
+    run = cal_ql.make_run(config, tasks.make(config.env, config.dataset_path), None)
+    move_weights(run.agent)
+    with kept_signals():
+        run.play(StopSignals())
+    return run
+
+
+def train_steps(run: Run, numbers: range, online: bool) -> None:
+    for number in numbers:
+        torch.manual_seed(number)
+        cal_ql.train_step(run, online)
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="a CPU has nothing to wait for")
+def test_waiting_raises():
+    with waiting_raises(), pytest.raises(RuntimeError, match="synchroniz"):
+        torch.zeros(1, device=DEVICE).item()
+
+
+def test_compiled_updates_are_the_eager_ones_and_neither_waits(folder):
+    write_dataset(Path("data.hdf5"))
+    precision = ["--precision", "float32"]
+    eager, compiled = make_run(*precision), make_run(*precision, "--compile", True)
+    for online in (False, True):
+        for run in (eager, compiled):
+            train_steps(run, range(4), online)  # compiled, recorded, and replayed
+            with waiting_raises():
+                train_steps(run, range(4, 8), online)
+    assert compiled.agent.compute.compiled  # and not given up
+    if ON_CUDA:
+        assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    expected = eager.metrics.means()
+    assert compiled.metrics.means() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    found = dict(compiled.agent.named_parameters())
+    for name, parameter in eager.agent.named_parameters():
+        assert relative(found[name], parameter) < 1e-4, name
+
+
+# ------------------------------------------------------------------------------------ whole runs
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_like_one_that_was_not(folder):
+    """Bit for bit on one GPU: no kernel of an eager update adds in an order left to chance."""
+    options = [*RUN, "--device", DEVICE]
+    assert resumed_like_left_alone(folder, options, options, Agent, "update", 90) == []
+
+
+def test_a_run_goes_on_on_the_other_device(folder):
+    options = [*RUN, *SHORT, "--checkpoint_freq", 10]
+    stopped_at(Agent, "update", 15, *options, "--device", DEVICE)
+    assert call(*options, "--device", CPU).returncode == 0
+    assert newest(folder).stem == "checkpoint_40"
+
+
+@pytest.mark.parametrize("source, target", [(CPU, DEVICE), (DEVICE, CPU)])
+def test_load_model_takes_the_networks_of_the_other_device(source, target, folder):
+    for name in ("source", "target"):
+        Path(name).mkdir()
+    with working_in(Path("source")):
+        assert call(*RUN, *SHORT, "--device", source).returncode == 0
+    model = newest(Path("source").absolute())
+    with working_in(Path("target")):
+        options = [*RUN, *SHORT, *STILL, "--device", target, "--load_model", model]
+        assert call(*options).returncode == 0
+    loaded = newest(Path("target"))
+    one, other = (torch.load(path, map_location=CPU, weights_only=True) for path in (model, loaded))
+    for part in ("agent", "scaling"):
+        assert flatten(other[part], "") == flatten(one[part], "")
+
+
+@contextlib.contextmanager
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within, 200 MB more than now can be had of the GPU; a CPU only pretends."""
+    if not ON_CUDA:
+        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        with monkeypatch.context() as patch:
+            patch.setattr(Agent, "gradients", lambda *args: (_ for _ in ()).throw(error))
+            yield
+        return
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    allowed = torch.cuda.memory_reserved() + 200e6
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def test_out_of_memory_is_one_line(folder, monkeypatch):
+    options = [*RUN, *SHORT, "--device", DEVICE]
+    large = ["--batch_size", 8192, "--hidden_dim", 512, "--q_n_hidden_layers", 2]
+    with little_memory(monkeypatch):
+        line = error_line(call(*options, *large), code=1)
+    assert "CUDA out of memory" in line
+    assert call(*options).returncode == 0  # a smaller one then runs, in this very process
+    line = error_line(call(*options, "--hidden_dim", 10**6, "--q_n_hidden_layers", 2))
+    assert f"GB of memory left on {DEVICE}" in line
+
+
+def uses_cuda(task: tasks.Task, seed: int) -> bool:
+    return torch.cuda.is_initialized()
+
+
+def test_evaluation_workers_play_on_the_cpu(folder):
+    config = parse(*RUN, "--device", DEVICE, "--n_episodes", 3, "--eval_workers", 2)
+    run = cal_ql.make_run(config, tasks.make(config.env), None)
+    try:
+        found = run.evaluate()
+        assert run.workers.map(uses_cuda, [0, 1]) == [False, False]
+    finally:
+        run.workers.close()
+    run.workers = Workers(1, 3, run.task, lambda: run.task)
+    assert run.evaluate() == found
