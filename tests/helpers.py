@@ -218,7 +218,11 @@ def outcome(directory: Path, aside: int | None = None) -> dict[str, Any]:
     metrics = [{**record, "updates_per_second": None} for record in records_of(directory)]
     metrics = [record for record in metrics if record["step"] != aside]
     # the options that are no part of a run's identity may differ, and rates vary in length
-    checkpoint = {**torch.load(final, map_location="cpu", weights_only=True), "config": None, "sizes": None}
+    checkpoint = {
+        **torch.load(final, map_location="cpu", weights_only=True),
+        "config": None,
+        "sizes": None,
+    }
     leaves = flatten(metrics, "record") | flatten(checkpoint, "checkpoint")
     return {"file": final.name, "transitions": transitions.read_bytes(), **leaves}
 

@@ -19,7 +19,7 @@ import tasks
 from helpers import ROOT, RUN, call, call_tool, kept_signals, only_run, records_of, working_in
 from runs import machine
 from runs.errors import RunError
-from tools import benchmark, evaluate, film
+from tools import benchmark, corl, evaluate, film, kernels, roofline
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_benchmark_counts_the_operations_that_torch_counts(best_of_many):
     batch = cal_ql.Batch(wide, torch.zeros(8, 2), column, wide, column, column)
     with FlopCounterMode(display=False) as counter:
         agent.update(batch, online=False)
-    assert benchmark.flops(config, 5, 2) == counter.get_total_flops()
+    assert roofline.flops(config, 5, 2) == counter.get_total_flops()
 
 
 def test_benchmark_counts_kernels_and_not_views():
@@ -225,7 +225,53 @@ def test_benchmark_counts_kernels_and_not_views():
         torch.relu(x.mT[:2].reshape(4, 2) @ x[:2])  # a copy, a product and a ReLU
         torch._foreach_add_([x, x], 1.0)
     tops = [event for event in profiled.events() if event.cpu_parent is None]
-    assert sum(map(benchmark.count_kernels, tops)) == 4
+    assert sum(map(kernels.count_kernels, tops)) == 4
+
+
+def test_benchmark_counts_the_bytes_of_products_and_optimizers():
+    x, weight, bias = torch.zeros(2, 6, 4), torch.zeros(2, 4, 3), torch.zeros(2, 1, 3)
+    with roofline.ProductBytes() as counted:
+        torch.baddbmm(bias, x, weight).relu_()
+    assert counted.total == 4 * (bias.numel() + x.numel() + weight.numel() + 2 * 6 * 3)
+
+    sizes = dict(batch_size=8, hidden_dim=24, cql_n_actions=3, actor_n_hidden_layers=2)
+    agent = cal_ql.Agent(5, 2, cal_ql.Config(**sizes), torch.device("cpu"))
+    column, wide = torch.zeros(8), torch.zeros(8, 5)
+    batch = cal_ql.Batch(wide, torch.zeros(8, 2), column, wide, column, column)
+    moved = roofline.bytes_moved(agent, batch)
+    critics = sum(parameter.numel() for parameter in agent.critic.parameters())
+    hidden = 2 * 8 * 10 * 24  # values of a hidden layer of both critics, read and written thrice
+    assert moved > 4 * (10 * critics + 6 * hidden)
+    assert moved < 4 * (30 * critics + 40 * hidden)
+
+
+def test_benchmark_reads_a_trace_of_a_gpu():
+    events = [{"cat": "kernel", "name": f"bmm {i}", "dur": 250.0} for i in range(6)]
+    events += [{"cat": "gpu_memcpy", "name": "Memcpy DtoD", "dur": 500.0}] * 2
+    events += [{"cat": "cuda_runtime", "name": "cudaGraphLaunch", "dur": 9.0}] * 2
+    events += [{"cat": "cuda_runtime", "name": "cudaEventRecord", "dur": 9.0}]
+    events += [{"cat": "gpu_user_annotation", "name": "Optimizer.step", "dur": 99.0}]
+    events += [{"name": "process_name", "ph": "M"}]
+    assert kernels.summarize(events, 2) == (3.0, 1.0, 1.0, pytest.approx(1.25e-3))
+
+
+CORLS = """
+import wandb, pyrallis, d4rl, gym
+class FullyConnectedQFunction: pass
+TanhGaussianPolicy = FullyConnectedQFunction
+"""
+
+
+def test_benchmark_says_what_is_not_corls_script(tmp_path):
+    (tmp_path / "cal_ql.py").write_text(CORLS)
+    for path in (tmp_path / "cal_ql.py", tmp_path / "none.py"):
+        done = call_tool(benchmark, "--against", path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"against: {path} is not CORL's cal_ql.py" in done.stderr
+    done = call_tool(benchmark, "--parts", "update,all")
+    assert "parts: found 'all', expected some of update,loops" in done.stderr
+    (tmp_path / "cal_ql.py").write_text(CORLS + "CalQL = FullyConnectedQFunction")
+    assert corl.load_module(tmp_path / "cal_ql.py")
 
 
 def test_benchmark_reports_a_run(tmp_path, monkeypatch):
@@ -235,11 +281,16 @@ def test_benchmark_reports_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "seconds", lambda work, *args: 100 * real(work, *args))
     options = [*RUN, "--online_iterations", 1000, "--checkpoints_path", tmp_path]
     config = cal_ql.parse_config(list(map(str, options)))
+    shown = []
     with kept_signals():
-        found = benchmark.benchmark(config, repeats=1)
+        subject = benchmark.make_subject(config, 1, 0, against=None)
+        found = benchmark.benchmark(subject, benchmark.PARTS, shown.append)
+    assert {name: value for part in shown for name, value in part.items()} == found
+    assert len(shown) == 1 + len(benchmark.PARTS)
     assert found["offline transitions"] == 98_913
     # float32: an observation of 4, an action of 2, three numbers; a next observation online alone
     assert found["bytes per online transition"] == 4 * (4 + 2 + 3 + 4)
     assert found["bytes per offline transition"] == pytest.approx(4 * (4 + 2 + 3) + 8, rel=0.02)
     assert all(value > 0 for value in found.values() if not isinstance(value, str))
     assert sum(found[name] for name in found if name.startswith("share of the")) == pytest.approx(1)
+    assert found["update alone, eager, float32, share of the bound"] < 1

@@ -2,14 +2,13 @@
 
     python tools/benchmark.py --config_path configs/antmaze.yaml --env antmaze-umaze-v2
 
-Takes the options of cal_ql.py, and --json, --repeats and --transitions. The data is random,
-of the task's sizes, unless --dataset_path names some: speed does not depend on its values.
+Takes the options of cal_ql.py and those below; docs/speed.md explains the figures. The data is
+random, of the task's sizes, unless --dataset_path names some: speed does not depend on its values.
 Every figure is the median of interleaved repeats, since machines are noisy.
 
 The bound is the rate at which this machine could do an update that consisted of nothing but its
-matrix products: their floating-point operations, counted by formula, over the measured peak of the
-products of a hidden layer of the critics (forward, gradient of the input, gradient of the weight;
-written to memory that is there already; whole or in pieces, whichever is faster).
+matrix products: the slower of computing them, at the measured peak of the products of a hidden
+layer of the critics, and of moving their factors and results, at the measured speed of a copy.
 """
 
 import copy
@@ -22,13 +21,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NamedTuple, Optional
 
 import h5py
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
@@ -38,17 +37,47 @@ from runs.directory import open_directory
 from runs.errors import InputError, run_program
 from runs.signals import StopSignals
 from runs.workers import Workers
+from tools import corl, kernels, roofline
 from tools.command_line import Parser
+
+Figures = dict[str, Any]  # by name
+
+
+class Subject(NamedTuple):
+    """What is measured, and how thoroughly."""
+
+    config: cal_ql.Config
+    run: cal_ql.Run
+    log: cal_ql.Log
+    stop: StopSignals
+    repeats: int
+    against: Optional[Path]  # CORL's cal_ql.py
+    first_update: float  # seconds until it was done, from before the data was read
+
+    def update(self) -> None:
+        self.run.agent.update(self.run.dataset.sample(self.config.batch_size), online=False)
 
 
 def seconds(work: Callable, device: torch.device, count: int = 1) -> float:
-    """Of one call, averaged over `count`."""
-    start = time.perf_counter()
+    """Of one call, averaged over `count`: by the GPU's clock, or by the CPU's."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(count):
+            work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+    begin = time.perf_counter()
     for _ in range(count):
         work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / count
+    return (time.perf_counter() - begin) / count
+
+
+def calls_a_second(work: Callable, device: torch.device) -> int:
+    """At least 2; the first calls do not count."""
+    seconds(work, device, 3)
+    return max(2, round(1.0 / seconds(work, device, 3)))
 
 
 def write_random_data(path: Path, task: tasks.Task, n: int) -> None:
@@ -64,121 +93,126 @@ def write_random_data(path: Path, task: tasks.Task, n: int) -> None:
         file["timeouts"] = (rows + 1) % task.max_episode_steps == 0
 
 
-# ---------------------------------------------------------------------------- the bound
+# ---------------------------------------------------------------------------- the update alone
 
 
-def flops(config: cal_ql.Config, observation_dim: int, action_dim: int) -> float:
-    """Floating-point operations of the matrix products that one update cannot do without."""
-    batch, n, hidden = config.batch_size, config.cql_n_actions, config.hidden_dim
+class Variant(NamedTuple):
+    """A way to do an update."""
 
-    def critics(n_actions: int) -> tuple[int, int]:
-        """Multiply-adds forward (a weight's gradient takes as many), and of the input gradients."""
-        rows = batch * n_actions
-        inner = rows * hidden * (hidden * (config.q_n_hidden_layers - 1) + 1)
-        first = hidden * (batch * observation_dim + rows * action_dim)
-        return config.n_critics * (first + inner), config.n_critics * inner
-
-    regularized, regularized_inputs = critics(1 + 3 * n)
-    target, _ = critics(n if config.cql_max_target_backup else 1)
-    judged, judged_inputs = critics(1)  # the actor's loss; its input gradient reaches the actions
-    inner = batch * hidden * (hidden * (config.actor_n_hidden_layers - 1) + 2 * action_dim)
-    actor = batch * hidden * observation_dim + inner
-    total = 2 * regularized + regularized_inputs + target
-    total += judged + judged_inputs + config.n_critics * batch * hidden * action_dim
-    total += 3 * actor + inner  # at s and s' forward, and backward at s
-    return 2.0 * total
+    name: str
+    precision: str
+    update: Callable[[], Any]
+    first: float  # seconds of its first update, compiling included
 
 
-def hidden_products(config: cal_ql.Config, device: torch.device) -> Callable[[int], None]:
-    """The three products of a hidden layer of the critics, as a function of the rows at a time."""
-    rows, hidden = config.batch_size * (1 + 3 * config.cql_n_actions), config.hidden_dim
-    n = config.n_critics
-    x, y, out = (torch.randn(n, rows, hidden, device=device) for _ in range(3))
-    weight, weight_out = (torch.randn(n, hidden, hidden, device=device) for _ in range(2))
-
-    def multiply(size: int) -> None:
-        for a, b, c in zip(x.split(size, 1), y.split(size, 1), out.split(size, 1)):
-            torch.bmm(a, weight, out=c)
-            torch.bmm(b, weight.mT, out=c)
-            torch.bmm(a.mT, b, out=weight_out)
-
-    return multiply
+def precisions(config: cal_ql.Config, device: torch.device) -> list[str]:
+    """The configuration's own; on CUDA, where none is asked for, both."""
+    if config.precision:
+        return [config.precision]
+    return ["tf32", "float32"] if device.type == "cuda" else ["float32"]
 
 
-# ---------------------------------------------------------------------------- where time goes
+def make_variants(subject: Subject, batch: cal_ql.Batch, precision: str) -> Iterable[Variant]:
+    """Ours, eager and compiled (where that works), and CORL's update, on the same batch."""
+    config, task, device = subject.config, subject.run.task, subject.run.agent.device
+    machine.resolve_device(str(device), precision)
+    updates: dict[str, Callable] = {}
+    agents = {}
+    for name, is_compiled in (("eager", False), ("compiled", True)):
+        own = dataclasses.replace(config, compile=is_compiled)
+        agents[name] = cal_ql.Agent(task.observation_dim, task.action_dim, own, device)
+        updates[name] = functools.partial(agents[name].update, batch, online=False)
+    if subject.against:
+        updates["CORL's"] = corl.make_update(subject.against, config, batch, device)
+    for name, update in updates.items():
+        first = seconds(update, device)
+        if name == "compiled" and agents[name].compute.compiled is None:
+            continue
+        seconds(update, device, 3)  # on CUDA the second call records a graph
+        yield Variant(f"{name}, {precision}", precision, update, first)
 
 
-KINDS = {
-    "matrix products": ("aten::bmm", "aten::baddbmm", "aten::mm", "aten::addmm"),
-    "ReLU and its gradient": ("aten::relu_", "aten::clamp_min_", "aten::threshold_backward")
-    + ("aten::relu", "aten::clamp_min"),
-    "copies": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_"),
-    "optimizers": ("aten::_fused_adam_", "aten::_foreach_lerp_", "aten::_foreach_add_"),
-}
+def measure_update(subject: Subject) -> Figures:
+    """The bounds at each precision, and how close to them each way to do an update comes."""
+    config, device = subject.config, subject.run.agent.device
+    batch = subject.run.dataset.sample(config.batch_size)
+    found = precisions(config, device)
+    variants = [v for p in found for v in make_variants(subject, batch, p)]
+    works = {v.name: (v.precision, v.update) for v in variants}
+    multiply = roofline.hidden_products(config, device)
+    copying, copied = roofline.hidden_copy(config, device)
+    for precision in found:
+        works[f"whole, {precision}"] = precision, lambda: multiply(sys.maxsize)
+        works[f"pieces, {precision}"] = precision, lambda: multiply(1024)
+    works["copying"] = found[0], copying
+    times = interleaved(works, device, subject.repeats)
 
-
-def shares(update: Callable) -> dict[str, float]:
-    """Of the CPU's time in an update, by kind of operator."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        update()
-    events = profiled.key_averages()
-    total = sum(event.self_cpu_time_total for event in events)
-    spent = {
-        kind: sum(event.self_cpu_time_total for event in events if event.key in names) / total
-        for kind, names in KINDS.items()
+    task = subject.run.task
+    needed = roofline.flops(config, task.observation_dim, task.action_dim)
+    moved = roofline.bytes_moved(subject.run.agent, batch)
+    figures: Figures = {
+        "an update, GFLOP": needed / 1e9,
+        "an update, MB moved at least": moved / 1e6,
+        "copying, GB/s": copied / times["copying"] / 1e9,
     }
-    spent["all else"] = 1.0 - sum(spent.values())
-    return {f"share of the update's time: {kind}": share for kind, share in spent.items()}
+    bounds = {}
+    for precision in found:
+        product = min(times[f"whole, {precision}"], times[f"pieces, {precision}"])
+        peak = roofline.hidden_flops(config) / product
+        by_products, by_copying = peak / needed, copied / times["copying"] / moved
+        bounds[precision] = min(by_products, by_copying)
+        figures[f"peak of the matrix products, {precision}, GFLOP/s"] = peak / 1e9
+        figures[f"bound by products, {precision}, updates/s"] = by_products
+        figures[f"bound by moving, {precision}, updates/s"] = by_copying
+    return figures | compare_variants(config, variants, times, bounds)
 
 
-def is_kernel(name: str) -> bool:
-    """Whether a GPU would launch something for this operator: views and allocations are free."""
-    if "cpp_fused" in name:  # made by torch.compile
-        return True
-    free = ("aten::empty", "aten::detach", "aten::_unsafe_view")
-    if not name.startswith("aten::") or name.startswith(free):
-        return False
-    schemas = torch._C._jit_get_schemas_for_operator(name)
-    tensors = [r for schema in schemas for r in schema.returns if str(r.type) == "Tensor"]
-    return not all(r.alias_info is not None and not r.alias_info.is_write for r in tensors)
+def interleaved(
+    works: dict[str, tuple[str, Callable]], device: torch.device, repeats: int
+) -> dict[str, float]:
+    """Seconds of each work at its precision: the median of rounds, the first of which is apart."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    counts: dict[str, int] = {}
+    for number in range(repeats + 1):
+        for name, (precision, work) in works.items():
+            machine.resolve_device(str(device), precision)
+            if number == 0:
+                counts[name] = calls_a_second(work, device)
+            else:
+                times[name].append(seconds(work, device, counts[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
-def count_kernels(event: torch.autograd.profiler_util.FunctionEvent) -> int:
-    if event.name.startswith(("aten::_foreach", "aten::_fused")):
-        return 1  # on a GPU
-    return sum(map(count_kernels, event.cpu_children)) or int(is_kernel(event.name))
-
-
-def kernels(config: cal_ql.Config, task: tasks.Task, compiled: bool) -> int:
-    """Kernels an update, counted by profiling the path of a GPU on the CPU, in small sizes."""
-    config = dataclasses.replace(config, compile=compiled, batch_size=8, hidden_dim=32)
-    device = torch.device("cpu")
-    agent = cal_ql.Agent(task.observation_dim, task.action_dim, config, device)
-    batch = cal_ql.Batch(
-        observations=torch.randn(config.batch_size, task.observation_dim),
-        actions=torch.rand(config.batch_size, task.action_dim) * 2.0 - 1.0,
-        rewards=torch.randn(config.batch_size),
-        next_observations=torch.randn(config.batch_size, task.observation_dim),
-        terminals=torch.zeros(config.batch_size),
-        returns_to_go=torch.randn(config.batch_size),
-    )
-    cache, cal_ql.CPU_CACHE = cal_ql.CPU_CACHE, sys.maxsize  # a GPU's batch is in one piece
-    torch._inductor.config.cpp.enable_kernel_profile = True
-    for _ in range(2):
-        agent.update(batch, online=False)
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        agent.update(batch, online=False)
-    cal_ql.CPU_CACHE = cache
-    return sum(count_kernels(event) for event in profiled.events() if event.cpu_parent is None)
+def compare_variants(
+    config: cal_ql.Config,
+    variants: list[Variant],
+    times: dict[str, float],
+    bounds: dict[str, float],
+) -> Figures:
+    figures: Figures = {}
+    for name, precision, _, first in variants:
+        is_corls = name.startswith("CORL's")
+        rate = 1.0 / times[name]
+        figures[f"update alone, {name}, updates/s"] = rate
+        if not is_corls:
+            figures[f"update alone, {name}, share of the bound"] = rate / bounds[precision]
+            figures[f"update alone, {name}, s of the first one"] = first
+            beside = f"CORL's, {precision}"
+            if beside in times and corl.has_its_sizes(config):
+                figures[f"update alone, {name}, times CORL's"] = times[beside] / times[name]
+        elif not corl.has_its_sizes(config):
+            figures[f"update alone, {name}, units of a layer"] = corl.HIDDEN_DIM
+    return figures
 
 
 # ---------------------------------------------------------------------------- the loops
 
 
-def train_steps(run: cal_ql.Run, log: cal_ql.Log, stop: StopSignals, n: int, online: bool) -> None:
+def train_steps(subject: Subject, n: int, online: bool) -> None:
     """n steps of the real loop, between two evaluations and two episodes."""
+    run, log = subject.run, subject.log
     for _ in range(n):
-        stop.check()
+        subject.stop.check()
         cal_ql.train_step(run, online)
         log.advance()
         if run.progress.step % run.config.log_freq == 0:
@@ -186,11 +220,33 @@ def train_steps(run: cal_ql.Run, log: cal_ql.Log, stop: StopSignals, n: int, onl
             run.metrics.count = 0
 
 
-def measure_loops(run: cal_ql.Run, log: cal_ql.Log, repeats: int, n: int) -> dict[str, float]:
-    """Seconds of an update, of the products of a hidden layer and of the loops and their parts."""
-    config, device, stop = run.config, run.agent.device, StopSignals()
+def measure_loops(subject: Subject) -> Figures:
+    """Both phases as they are trained, and how the online one is split."""
+    times = loop_times(subject)
+    device = subject.run.agent.device
+    step = times["online"] + times["play"]
+    figures: Figures = {
+        "compiled in the loops": str(subject.config.compile).lower(),
+        "offline loop, updates/s": 1 / times["offline"],
+        "offline loop, share of the update alone": times["update"] / times["offline"],
+        "online loop with its episodes, steps/s": 1 / step,
+        "online loop, share of updating": times["online"] / step,
+        "online loop, share of playing": times["play"] / step,
+        "cores": machine.available_cores(),
+        "sampling a batch, ms": 1e3 * times["sample"],
+        "playing, ms per environment step": 1e3 * times["play"],
+    }
+    if device.type == "cuda":
+        busy = kernels.on_gpu(lambda: train_steps(subject, 1, False), device).seconds
+        figures["offline loop, share in which the GPU computes"] = busy / times["offline"]
+    return figures
+
+
+def loop_times(subject: Subject) -> dict[str, float]:
+    """Seconds of an update and of sampling, and of a step of either loop and of playing one."""
+    run, config, device = subject.run, subject.config, subject.run.agent.device
+    machine.resolve_device(str(device), config.precision)
     batch = run.dataset.sample(config.batch_size)
-    multiply = hidden_products(config, device)
     actor, lengths = copy.deepcopy(run.agent.actor).cpu(), []
 
     def play() -> None:
@@ -198,130 +254,187 @@ def measure_loops(run: cal_ql.Run, log: cal_ql.Log, repeats: int, n: int) -> dic
         episode = cal_ql.play_episode(run.task, len(lengths), actor, scaling, explore=True)
         lengths.append(len(episode.rewards))
 
-    run.play(stop)  # something online to learn from
-    parts: dict[str, Callable] = {
-        "products whole": lambda: multiply(sys.maxsize),
-        "products in pieces": lambda: multiply(1024),
+    run.play(subject.stop)  # something online to learn from
+    n = calls_a_second(subject.update, device)
+    works: dict[str, Callable] = {
         "update": lambda: run.agent.update(batch, online=False),
         "sample": lambda: run.dataset.sample(config.batch_size),
     }
-    times: dict[str, list[float]] = {name: [] for name in (*parts, "offline", "online", "play")}
-    for _ in range(repeats + 1):
-        for name, work in parts.items():
+    times: dict[str, list[float]] = {n: [] for n in (*works, "offline", "online", "play")}
+    for _ in range(subject.repeats + 1):
+        for name, work in works.items():
             times[name].append(seconds(work, device, n))
         for name in ("offline", "online"):
-            loop = functools.partial(train_steps, run, log, stop, n, name == "online")
+            loop = functools.partial(train_steps, subject, n, name == "online")
             times[name].append(seconds(loop, device) / n)
-        times["play"].append(seconds(play, device) / lengths[-1])
+        begin = time.perf_counter()
+        play()
+        times["play"].append((time.perf_counter() - begin) / lengths[-1])
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def evaluation_rates(run: cal_ql.Run, repeats: int) -> dict[int, float]:
-    """Environment steps a second of an evaluation, by the number of processes, once started."""
-    rates = {1: [], machine.available_cores(): []}
-    pools = {}
-    how = {"actor": copy.deepcopy(run.agent.actor).cpu(), "scaling": run.dataset.scaling}
-    play = functools.partial(cal_ql.play_episode, **how, explore=False)
-    for workers in rates:
-        make_task = functools.partial(tasks.make, run.config.env, run.config.dataset_path)
-        pools[workers] = Workers(workers, 16, run.task, make_task)
-    for _ in range(repeats + 1):
-        for workers, pool in pools.items():
-            start = time.perf_counter()
-            episodes = pool.map(play, range(16))
-            steps = sum(len(episode.rewards) for episode in episodes)
-            rates[workers].append(steps / (time.perf_counter() - start))
-    pools.popitem()[1].close()
-    return {workers: statistics.median(values[1:]) for workers, values in rates.items()}
+# ---------------------------------------------------------------------------- the other parts
+
+
+def measure_evaluation(subject: Subject) -> Figures:
+    """Environment steps a second, by the number of processes, once these have started."""
+    run, config = subject.run, subject.config
+    policy = {"actor": copy.deepcopy(run.agent.actor).cpu(), "scaling": run.dataset.scaling}
+    play = functools.partial(cal_ql.play_episode, **policy, explore=False)
+    make_task = functools.partial(tasks.make, config.env, config.dataset_path)
+    counts = sorted({1, machine.available_cores()})
+    pools = {count: Workers(count, 16, run.task, make_task) for count in counts}
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+    try:
+        for _ in range(subject.repeats + 1):
+            for count, pool in pools.items():
+                begin = time.perf_counter()
+                episodes = pool.map(play, range(16))
+                steps = sum(len(episode.rewards) for episode in episodes)
+                rates[count].append(steps / (time.perf_counter() - begin))
+    finally:
+        for pool in pools.values():
+            pool.close()
+    medians = {count: statistics.median(values[1:]) for count, values in rates.items()}
+    figures = {f"evaluation, steps/s, processes: {count}": r for count, r in medians.items()}
+    return {**figures, "evaluation, all cores to one": medians[counts[-1]] / medians[1]}
+
+
+def buffer_bytes(columns: Iterable[torch.Tensor]) -> int:
+    storages = {c.untyped_storage().data_ptr(): c.untyped_storage().nbytes() for c in columns}
+    return sum(storages.values())
+
+
+def measure_memory(subject: Subject) -> Figures:
+    run = subject.run
+    offline = buffer_bytes([*run.dataset.rows, run.dataset.transitions])
+    online = buffer_bytes(run.online.rows)
+    rows = len(run.dataset.transitions)
+    figures: Figures = {
+        "offline transitions": rows,
+        "loading them, and everything up to the first update, s": subject.first_update,
+        "bytes per offline transition": offline / rows,
+        "bytes per online transition": online / run.online.capacity,
+        "both buffers, GB": (offline + online) / 1e9,
+        "peak memory of the process, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
+    if run.agent.device.type == "cuda":
+        figures["peak memory of the GPU, GB"] = torch.cuda.max_memory_allocated() / 1e9
+    return figures
+
+
+def measure_kernels(subject: Subject) -> Figures:
+    """Kernels of an update; on a GPU as they ran, on a CPU as a GPU would start them."""
+    config, task, device = subject.config, subject.run.task, subject.run.agent.device
+    names = {"eager": False, "compiled": True}
+    if device.type != "cuda":
+        expected = {k: kernels.expected_kernels(config, task, v) for k, v in names.items()}
+        counts = {f"kernels an update, {name}": count for name, count in expected.items()}
+        return kernels.shares(subject.update) | counts
+    figures: Figures = {}
+    machine.resolve_device(str(device), config.precision)
+    batch = subject.run.dataset.sample(config.batch_size)
+    for name, is_compiled in names.items():
+        own = dataclasses.replace(config, compile=is_compiled)
+        agent = cal_ql.Agent(task.observation_dim, task.action_dim, own, device)
+        update = functools.partial(agent.update, batch, online=False)
+        seconds(update, device, 4)
+        found = kernels.on_gpu(update, device)
+        figures[f"kernels an update, {name}"] = found.kernels
+        figures[f"launches an update, {name}"] = found.launches
+        figures[f"copies and fills an update, {name}"] = found.copies
+        figures[f"time of all of these an update, {name}, ms"] = 1e3 * found.seconds
+    return figures
 
 
 # ---------------------------------------------------------------------------- the report
 
+PARTS: dict[str, Callable[[Subject], Figures]] = {
+    "update": measure_update,
+    "loops": measure_loops,
+    "evaluation": measure_evaluation,
+    "memory": measure_memory,
+    "kernels": measure_kernels,
+}
 
-def buffer_bytes(rows: cal_ql.Batch) -> int:
-    storages = {c.untyped_storage().data_ptr(): c.untyped_storage().nbytes() for c in rows}
-    return sum(storages.values())
+
+def make_subject(
+    config: cal_ql.Config, repeats: int, transitions: int, against: Optional[Path]
+) -> Subject:
+    """A run on the data of `dataset_path`, or on random `transitions`, after its first update."""
+    stop = StopSignals()
+    with stop.at_once():
+        task = tasks.make(config.env, config.dataset_path)
+        if config.dataset_path is None:
+            path = Path(config.checkpoints_path) / "random.hdf5"
+            write_random_data(path, task, transitions)
+            config = dataclasses.replace(config, dataset_path=str(path))
+        begin = time.perf_counter()
+        with open_directory(config.checkpoints_path, "benchmark", resume=True) as directory:
+            run = cal_ql.make_run(config, task, directory)
+        machine.keep_freed_memory()
+        os.environ["WANDB_MODE"] = "disabled"
+        log = cal_ql.Log(directory, "benchmark", vars(config), step=0)
+        log.bar.disable = True
+        subject = Subject(config, run, log, stop, repeats, against, 0.0)
+        subject.update()
+        if run.agent.device.type == "cuda":
+            torch.cuda.synchronize()
+        return subject._replace(first_update=time.perf_counter() - begin)
 
 
-def benchmark(
-    config: cal_ql.Config, repeats: int, transitions: int = 0, count_kernels: bool = False
-) -> dict[str, object]:
-    """All figures by name. Without a `dataset_path` it trains on random `transitions`."""
-    task = tasks.make(config.env, config.dataset_path)
-    if config.dataset_path is None:
-        path = Path(config.checkpoints_path) / "random.hdf5"
-        write_random_data(path, task, transitions)
-        config = dataclasses.replace(config, dataset_path=str(path))
-    start = time.perf_counter()
-    with open_directory(config.checkpoints_path, "benchmark", resume=True) as directory:
-        run = cal_ql.make_run(config, task, directory)
-    device = run.agent.device
+def benchmark(subject: Subject, parts: Iterable[str], show: Callable[[Figures], None]) -> Figures:
+    """All figures of these parts; `show` gets those of each as soon as it is measured."""
+    processor = machine.provenance()["processor"]
+    figures: Figures = {"processor": processor, "threads": torch.get_num_threads()}
+    figures["device"] = str(subject.run.agent.device)
+    show(figures)
+    try:
+        for name in parts:
+            with subject.stop.at_once():
+                found = PARTS[name](subject)
+            show(found)
+            figures |= found
+    finally:
+        subject.log.close(10.0)
+    return figures
 
-    def update() -> None:
-        run.agent.update(run.dataset.sample(config.batch_size), online=False)
 
-    update()
-    first_update = time.perf_counter() - start
-    n = max(2, round(1.0 / seconds(update, device, 3)))  # calls a second
-    os.environ["WANDB_MODE"] = "offline"
-    log = cal_ql.Log(directory, "benchmark", vars(config), step=0)
-    log.bar.disable = True
-    needed = flops(config, task.observation_dim, task.action_dim)
-    times = measure_loops(run, log, repeats, n)
-    log.close(10.0)
-    rows = config.batch_size * (1 + 3 * config.cql_n_actions)
-    products = 3 * 2 * config.n_critics * rows * config.hidden_dim**2
-    peak = products / min(times["products whole"], times["products in pieces"])
-    offline = buffer_bytes(run.dataset.rows) + buffer_bytes([run.dataset.transitions])
-    rows = len(run.dataset.transitions)
-    rates = evaluation_rates(run, repeats)
-    cuda = device.type == "cuda"
-    compiled = {"eager": False, "compiled": True} if count_kernels else {}
-    return {
-        "processor": machine.provenance()["processor"],
-        "threads": torch.get_num_threads(),
-        "peak of the matrix products, GFLOP/s": peak / 1e9,
-        "an update, GFLOP": needed / 1e9,
-        "bound, updates/s": peak / needed,
-        "update alone, updates/s": 1 / times["update"],
-        "update alone, share of the bound": needed / peak / times["update"],
-        "offline loop, updates/s": 1 / times["offline"],
-        "offline loop, share of the update alone": times["update"] / times["offline"],
-        "online loop with its episodes, steps/s": 1 / (times["online"] + times["play"]),
-        **shares(update),
-        "sampling a batch, ms": 1e3 * times["sample"],
-        "playing, ms per environment step": 1e3 * times["play"],
-        **{f"evaluation, steps/s, processes: {k}": rate for k, rate in rates.items()},
-        "evaluation, all cores to one": max(rates.items())[1] / rates[1],
-        "offline transitions": rows,
-        "loading them, and everything up to the first update, s": first_update,
-        "bytes per offline transition": offline / rows,
-        "bytes per online transition": buffer_bytes(run.online.rows) / run.online.capacity,
-        "both buffers, GB": (offline + buffer_bytes(run.online.rows)) / 1e9,
-        "peak memory of the process, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        **({"peak memory of the GPU, GB": torch.cuda.max_memory_allocated() / 1e9} if cuda else {}),
-        **{f"kernels an update, {k}": kernels(config, task, v) for k, v in compiled.items()},
-    }
+def show_table(figures: Figures) -> None:
+    for name, value in figures.items():
+        print(f"| {name} | {value if isinstance(value, str) else f'{value:,.4g}'} |", flush=True)
+
+
+def show_json(figures: Figures) -> None:
+    print(json.dumps(figures), flush=True)
+
+
+def parse_parts(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        raise InputError(f"parts: found {unknown[0]!r}, expected some of {','.join(PARTS)}")
+    return names
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
+    parser.add_argument("--json", action="store_true", help="a JSON object a part, one a line")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--transitions", type=int, default=1_000_000, help="of random data")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of these, some (%(default)s)")
+    parser.add_argument("--against", type=Path, help="CORL's cal_ql.py, to time its update, too")
     args, options = parser.parse_known_args()
     for name, least in (("repeats", 1), ("transitions", 2)):
         if (found := getattr(args, name)) < least:
             raise InputError(f"{name}: found {found}, expected {least} or more")
+    parts = parse_parts(args.parts)
     config = cal_ql.parse_config(options)
+    if args.against:
+        corl.load_module(args.against)  # which says at once if it is none
     with tempfile.TemporaryDirectory() as directory:
         config = dataclasses.replace(config, checkpoints_path=directory, log_freq=10)
-        figures = benchmark(config, args.repeats, args.transitions, count_kernels=True)
-    if args.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"| {name} | {value if isinstance(value, str) else f'{value:,.4g}'} |")
+        subject = make_subject(config, args.repeats, args.transitions, args.against)
+        benchmark(subject, parts, show_json if args.json else show_table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,104 @@
+"""The bound of an update: what it must compute and move, and how fast the device does that."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cal_ql
+
+aten = torch.ops.aten
+PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
+
+
+def flops(config: cal_ql.Config, observation_dim: int, action_dim: int) -> float:
+    """Floating-point operations of the matrix products that one update cannot do without."""
+    batch, n, hidden = config.batch_size, config.cql_n_actions, config.hidden_dim
+
+    def critics(n_actions: int) -> tuple[int, int]:
+        """Multiply-adds forward (a weight's gradient takes as many), and of the input gradients."""
+        rows = batch * n_actions
+        inner = rows * hidden * (hidden * (config.q_n_hidden_layers - 1) + 1)
+        first = hidden * (batch * observation_dim + rows * action_dim)
+        return config.n_critics * (first + inner), config.n_critics * inner
+
+    regularized, regularized_inputs = critics(1 + 3 * n)
+    target, _ = critics(n if config.cql_max_target_backup else 1)
+    judged, judged_inputs = critics(1)  # the actor's loss; its input gradient reaches the actions
+    inner = batch * hidden * (hidden * (config.actor_n_hidden_layers - 1) + 2 * action_dim)
+    actor = batch * hidden * observation_dim + inner
+    total = 2 * regularized + regularized_inputs + target
+    total += judged + judged_inputs + config.n_critics * batch * hidden * action_dim
+    total += 3 * actor + inner  # at s and s' forward, and backward at s
+    return 2.0 * total
+
+
+@contextlib.contextmanager
+def in_one_piece() -> Iterator[None]:
+    """Within, critics do not split batches for a CPU's cache, as on a GPU."""
+    size = cal_ql.CPU_CACHE
+    cal_ql.CPU_CACHE = sys.maxsize
+    try:
+        yield
+    finally:
+        cal_ql.CPU_CACHE = size
+
+
+class ProductBytes(TorchDispatchMode):
+    """Within, `total` grows by the bytes of each matrix product's factors and result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in PRODUCTS:
+            tensors = [value for value in (*args, result) if torch.is_tensor(value)]
+            self.total += sum(tensor.nbytes for tensor in tensors)
+        return result
+
+
+def bytes_moved(agent: cal_ql.Agent, batch: cal_ql.Batch) -> int:
+    """Bytes that an update reads and writes if all else is done within its matrix products.
+
+    Adam reads parameters, gradients and two moments, and writes all but the gradients; the
+    targets are read and written, and the critics read for them.
+    """
+    with in_one_piece(), ProductBytes() as products:
+        agent.gradients(batch, agent.draw_noise(), *agent.phase(online=False))
+    trained = sum(p.nbytes for parameters in agent.learned.values() for p in parameters)
+    targets = sum(p.nbytes for p in agent.target_critic.parameters())
+    return products.total + 7 * trained + 3 * targets
+
+
+def hidden_products(config: cal_ql.Config, device: torch.device) -> Callable[[int], None]:
+    """The three products of a hidden layer of the critics, as a function of the rows at a time."""
+    rows, hidden = config.batch_size * (1 + 3 * config.cql_n_actions), config.hidden_dim
+    n = config.n_critics
+    x, y, out = (torch.randn(n, rows, hidden, device=device) for _ in range(3))
+    weight, weight_out = (torch.randn(n, hidden, hidden, device=device) for _ in range(2))
+
+    def multiply(size: int) -> None:
+        for a, b, c in zip(x.split(size, 1), y.split(size, 1), out.split(size, 1)):
+            torch.bmm(a, weight, out=c)
+            torch.bmm(b, weight.mT, out=c)
+            torch.bmm(a.mT, b, out=weight_out)
+
+    return multiply
+
+
+def hidden_flops(config: cal_ql.Config) -> float:
+    """Of these three products."""
+    rows = config.batch_size * (1 + 3 * config.cql_n_actions)
+    return 3.0 * 2.0 * config.n_critics * rows * config.hidden_dim**2
+
+
+def hidden_copy(config: cal_ql.Config, device: torch.device) -> tuple[Callable, int]:
+    """A copy of the values of a hidden layer of the critics, and the bytes that it moves."""
+    rows = config.batch_size * (1 + 3 * config.cql_n_actions)
+    x, y = (torch.zeros(config.n_critics, rows, config.hidden_dim, device=device) for _ in range(2))
+    return lambda: y.copy_(x), 2 * x.nbytes
