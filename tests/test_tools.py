@@ -235,6 +235,7 @@ def test_benchmark_counts_the_bytes_of_products_and_optimizers():
     assert counted.total == 4 * (bias.numel() + x.numel() + weight.numel() + 2 * 6 * 3)
 
     sizes = dict(batch_size=8, hidden_dim=24, cql_n_actions=3, actor_n_hidden_layers=2)
+    sizes |= dict(compile=False)
     agent = cal_ql.Agent(5, 2, cal_ql.Config(**sizes), torch.device("cpu"))
     column, wide = torch.zeros(8), torch.zeros(8, 5)
     batch = cal_ql.Batch(wide, torch.zeros(8, 2), column, wide, column, column)

@@ -74,10 +74,11 @@ def seconds(work: Callable, device: torch.device, count: int = 1) -> float:
     return (time.perf_counter() - begin) / count
 
 
-def calls_a_second(work: Callable, device: torch.device) -> int:
-    """At least 2; the first calls do not count."""
+def calls_a_round(work: Callable, device: torch.device) -> int:
+    """As many as take a second, or 0.3 s of a GPU; at least 2. The first calls do not count."""
     seconds(work, device, 3)
-    return max(2, round(1.0 / seconds(work, device, 3)))
+    duration = 0.3 if device.type == "cuda" else 1.0
+    return max(2, round(duration / seconds(work, device, 3)))
 
 
 def write_random_data(path: Path, task: tasks.Task, n: int) -> None:
@@ -112,21 +113,38 @@ def precisions(config: cal_ql.Config, device: torch.device) -> list[str]:
     return ["tf32", "float32"] if device.type == "cuda" else ["float32"]
 
 
+def new_agents(subject: Subject) -> dict[str, cal_ql.Agent]:
+    """One that is not compiled, and one that is compiled when it is first called."""
+    task, device = subject.run.task, subject.run.agent.device
+    return {
+        name: cal_ql.Agent(
+            task.observation_dim,
+            task.action_dim,
+            dataclasses.replace(subject.config, compile=name == "compiled"),
+            device,
+        )
+        for name in ("eager", "compiled")
+    }
+
+
+def is_compiled(agent: cal_ql.Agent) -> bool:
+    """Whether its updates are, or would be; compiling may have failed."""
+    return isinstance(agent.compute, machine.Compiled) and agent.compute.compiled is not None
+
+
 def make_variants(subject: Subject, batch: cal_ql.Batch, precision: str) -> Iterable[Variant]:
     """Ours, eager and compiled (where that works), and CORL's update, on the same batch."""
-    config, task, device = subject.config, subject.run.task, subject.run.agent.device
+    config, device = subject.config, subject.run.agent.device
     machine.resolve_device(str(device), precision)
-    updates: dict[str, Callable] = {}
-    agents = {}
-    for name, is_compiled in (("eager", False), ("compiled", True)):
-        own = dataclasses.replace(config, compile=is_compiled)
-        agents[name] = cal_ql.Agent(task.observation_dim, task.action_dim, own, device)
-        updates[name] = functools.partial(agents[name].update, batch, online=False)
+    agents = new_agents(subject)
+    updates: dict[str, Callable] = {
+        name: functools.partial(agent.update, batch, online=False) for name, agent in agents.items()
+    }
     if subject.against:
         updates["CORL's"] = corl.make_update(subject.against, config, batch, device)
     for name, update in updates.items():
         first = seconds(update, device)
-        if name == "compiled" and agents[name].compute.compiled is None:
+        if name == "compiled" and not is_compiled(agents[name]):
             continue
         seconds(update, device, 3)  # on CUDA the second call records a graph
         yield Variant(f"{name}, {precision}", precision, update, first)
@@ -177,7 +195,7 @@ def interleaved(
         for name, (precision, work) in works.items():
             machine.resolve_device(str(device), precision)
             if number == 0:
-                counts[name] = calls_a_second(work, device)
+                counts[name] = calls_a_round(work, device)
             else:
                 times[name].append(seconds(work, device, counts[name]))
     return {name: statistics.median(values) for name, values in times.items()}
@@ -226,7 +244,7 @@ def measure_loops(subject: Subject) -> Figures:
     device = subject.run.agent.device
     step = times["online"] + times["play"]
     figures: Figures = {
-        "compiled in the loops": str(subject.config.compile).lower(),
+        "update in the loops": "compiled" if is_compiled(subject.run.agent) else "eager",
         "offline loop, updates/s": 1 / times["offline"],
         "offline loop, share of the update alone": times["update"] / times["offline"],
         "online loop with its episodes, steps/s": 1 / step,
@@ -255,7 +273,7 @@ def loop_times(subject: Subject) -> dict[str, float]:
         lengths.append(len(episode.rewards))
 
     run.play(subject.stop)  # something online to learn from
-    n = calls_a_second(subject.update, device)
+    n = calls_a_round(subject.update, device)
     works: dict[str, Callable] = {
         "update": lambda: run.agent.update(batch, online=False),
         "sample": lambda: run.dataset.sample(config.batch_size),
@@ -326,17 +344,17 @@ def measure_memory(subject: Subject) -> Figures:
 def measure_kernels(subject: Subject) -> Figures:
     """Kernels of an update; on a GPU as they ran, on a CPU as a GPU would start them."""
     config, task, device = subject.config, subject.run.task, subject.run.agent.device
-    names = {"eager": False, "compiled": True}
-    if device.type != "cuda":
-        expected = {k: kernels.expected_kernels(config, task, v) for k, v in names.items()}
-        counts = {f"kernels an update, {name}": count for name, count in expected.items()}
-        return kernels.shares(subject.update) | counts
-    figures: Figures = {}
     machine.resolve_device(str(device), config.precision)
     batch = subject.run.dataset.sample(config.batch_size)
-    for name, is_compiled in names.items():
-        own = dataclasses.replace(config, compile=is_compiled)
-        agent = cal_ql.Agent(task.observation_dim, task.action_dim, own, device)
+    agents = new_agents(subject)
+    if device.type != "cuda":
+        figures = kernels.shares(lambda: agents["eager"].update(batch, online=False))
+        for name in agents:
+            count = kernels.expected_kernels(config, task, name == "compiled")
+            figures[f"kernels an update, {name}"] = count
+        return figures
+    figures = {}
+    for name, agent in agents.items():
         update = functools.partial(agent.update, batch, online=False)
         seconds(update, device, 4)
         found = kernels.on_gpu(update, device)
