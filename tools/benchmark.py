@@ -278,7 +278,8 @@ def loop_times(subject: Subject) -> dict[str, float]:
         "update": lambda: run.agent.update(batch, online=False),
         "sample": lambda: run.dataset.sample(config.batch_size),
     }
-    times: dict[str, list[float]] = {n: [] for n in (*works, "offline", "online", "play")}
+    names = [*works, "offline", "online", "play"]
+    times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(subject.repeats + 1):
         for name, work in works.items():
             times[name].append(seconds(work, device, n))
@@ -325,6 +326,8 @@ def buffer_bytes(columns: Iterable[torch.Tensor]) -> int:
 
 def measure_memory(subject: Subject) -> Figures:
     run = subject.run
+    for _ in range(3):
+        subject.update()
     offline = buffer_bytes([*run.dataset.rows, run.dataset.transitions])
     online = buffer_bytes(run.online.rows)
     rows = len(run.dataset.transitions)
@@ -368,10 +371,10 @@ def measure_kernels(subject: Subject) -> Figures:
 # ---------------------------------------------------------------------------- the report
 
 PARTS: dict[str, Callable[[Subject], Figures]] = {
+    "memory": measure_memory,  # first, since all others add to it
     "update": measure_update,
     "loops": measure_loops,
     "evaluation": measure_evaluation,
-    "memory": measure_memory,
     "kernels": measure_kernels,
 }
 
