@@ -165,24 +165,31 @@ def measure_update(subject: Subject) -> Figures:
     works["copying"] = found[0], copying
     times = interleaved(works, device, subject.repeats)
 
-    task = subject.run.task
-    needed = roofline.flops(config, task.observation_dim, task.action_dim)
     moved = roofline.bytes_moved(subject.run.agent, batch)
+    bounds, figures = find_bounds(subject, moved, copied / times["copying"], times)
+    return figures | compare_variants(config, variants, times, bounds)
+
+
+def find_bounds(
+    subject: Subject, moved: float, copying: float, times: dict[str, float]
+) -> tuple[dict[str, float], Figures]:
+    """The bound by precision, in updates/s, and what it comes from."""
+    config, task = subject.config, subject.run.task
+    needed = roofline.flops(config, task.observation_dim, task.action_dim)
     figures: Figures = {
         "an update, GFLOP": needed / 1e9,
         "an update, MB moved at least": moved / 1e6,
-        "copying, GB/s": copied / times["copying"] / 1e9,
+        "copying, GB/s": copying / 1e9,
+        "bound by moving, updates/s": copying / moved,
     }
     bounds = {}
-    for precision in found:
+    for precision in precisions(config, subject.run.agent.device):
         product = min(times[f"whole, {precision}"], times[f"pieces, {precision}"])
         peak = roofline.hidden_flops(config) / product
-        by_products, by_copying = peak / needed, copied / times["copying"] / moved
-        bounds[precision] = min(by_products, by_copying)
+        bounds[precision] = min(peak / needed, copying / moved)
         figures[f"peak of the matrix products, {precision}, GFLOP/s"] = peak / 1e9
-        figures[f"bound by products, {precision}, updates/s"] = by_products
-        figures[f"bound by moving, {precision}, updates/s"] = by_copying
-    return figures | compare_variants(config, variants, times, bounds)
+        figures[f"bound by products, {precision}, updates/s"] = peak / needed
+    return bounds, figures
 
 
 def interleaved(
@@ -394,7 +401,7 @@ def make_subject(
         with open_directory(config.checkpoints_path, "benchmark", resume=True) as directory:
             run = cal_ql.make_run(config, task, directory)
         machine.keep_freed_memory()
-        os.environ["WANDB_MODE"] = "disabled"
+        os.environ["WANDB_MODE"] = "offline"
         log = cal_ql.Log(directory, "benchmark", vars(config), step=0)
         log.bar.disable = True
         subject = Subject(config, run, log, stop, repeats, against, 0.0)
