@@ -146,7 +146,9 @@ def make_variants(subject: Subject, batch: cal_ql.Batch, precision: str) -> Iter
         first = seconds(update, device)
         if name == "compiled" and not is_compiled(agents[name]):
             continue
-        seconds(update, device, 3)  # on CUDA the second call records a graph
+        rate = 1.0 / seconds(update, device, 3)  # on CUDA the second call records a graph
+        warm = f"{name}, {precision}: {rate:.3g} updates/s, after {first:.3g} s for the first"
+        print(warm, file=sys.stderr, flush=True)  # even if something later hangs
         yield Variant(f"{name}, {precision}", precision, update, first)
 
 
