@@ -311,13 +311,14 @@ def measure_evaluation(subject: Subject) -> Figures:
     play = functools.partial(cal_ql.play_episode, **policy, explore=False)
     make_task = functools.partial(tasks.make, config.env, config.dataset_path)
     counts = sorted({1, machine.available_cores()})
-    pools = {count: Workers(count, 16, run.task, make_task) for count in counts}
+    seeds = range(min(16, 2 * counts[-1]))  # an episode each
+    pools = {count: Workers(count, len(seeds), run.task, make_task) for count in counts}
     rates: dict[int, list[float]] = {count: [] for count in counts}
     try:
         for _ in range(subject.repeats + 1):
             for count, pool in pools.items():
                 begin = time.perf_counter()
-                episodes = pool.map(play, range(16))
+                episodes = pool.map(play, seeds)
                 steps = sum(len(episode.rewards) for episode in episodes)
                 rates[count].append(steps / (time.perf_counter() - begin))
     finally:
