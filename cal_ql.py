@@ -14,8 +14,7 @@ stops that push at a return that was really achieved, so Q keeps the scale of re
     python cal_ql.py --config_path configs/antmaze.yaml --env antmaze-large-play-v2 --seed 1
     python cal_ql.py --help
 
-The package `tasks` holds what the agent trains on; `runs` holds what surrounds a run: options,
-signals, the directory on disk, logs, processes.
+`tasks` holds what the agent trains on, `runs` what surrounds a run: options, files, logs, signals.
 """
 
 import copy
@@ -433,8 +432,7 @@ class Agent(nn.Module):
             name: torch.autograd.grad(loss, self.learned[name]) for name, loss in losses.items()
         }
         for name in ("critic", "actor"):
-            norm = torch.nn.utils.get_total_norm(gradients[name])
-            metrics[f"{name}_gradient_norm"] = norm
+            metrics[f"{name}_gradient_norm"] = torch.nn.utils.get_total_norm(gradients[name])
         return gradients, {name: value.detach() for name, value in metrics.items()}
 
     def draw_noise(self) -> Noise:
@@ -673,8 +671,7 @@ def episode_seed(seed: int, purpose: str, number: int) -> int:
 def play_episode(task: Task, seed: int, actor: Actor, scaling: Scaling, explore: bool) -> Episode:
     """Play the episode of `seed`: by samples of a policy on the CPU, or by its mean actions.
 
-    The outcome is a function of the arguments only. Raises `RunError` for what the
-    simulator raises, and where it yields numbers that are not finite.
+    A function of its arguments only. Raises `RunError` where the simulator fails or is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     observations = []
@@ -731,6 +728,8 @@ class Progress:
     episodes: int = 0  # online episodes
     failures: int = 0  # those of them without success
     evaluated_at: int = -1  # step of the last evaluation
+    evaluations: int = 0  # those of the online phase, at multiples of eval_freq
+    successes: float = 0.0  # sum of their success rates
 
 
 @dataclass
@@ -900,6 +899,10 @@ def evaluate_and_save(run: Run, log: Log, stop: StopSignals) -> None:
         with stop.at_once():
             scores = run.evaluate()
         run.progress.evaluated_at = step
+        if step > config.offline_iterations and step % config.eval_freq == 0 and run.task.has_goal:
+            run.progress.evaluations += 1
+            run.progress.successes += scores["eval/success_rate"]
+            scores["eval/regret"] = 1.0 - run.progress.successes / run.progress.evaluations
         log.write(step, scores)
     is_due = phase_ended or step % (config.checkpoint_freq or config.eval_freq) == 0
     if is_due and step > 0 and run.saved_at != run.progress:
@@ -973,8 +976,7 @@ def check_memory(config: Config, task: Task, device: torch.device) -> None:
 def main() -> None:
     """Start or resume the run of the command line's options.
 
-    Raises `InputError` for wrong input, which leaves nothing behind, `RunError` for what ends the
-    run later, and `Stop`.
+    Raises `InputError` for wrong input, which leaves nothing behind, `RunError` later, and `Stop`.
     """
     stop = StopSignals()
     with stop.at_once():

@@ -389,6 +389,16 @@ def at_least_0(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
+def sum_of_shares(value: Any) -> bool:
+    """a finite number, 0 or more"""
+    return isinstance(value, float) and 0.0 <= value < math.inf
+
+
+COUNTS = {  # which of a run's are not just 0 or more; older code's lack those that may be missing
+    "evaluated_at": int,
+    "evaluations": Maybe(at_least_0),
+    "successes": Maybe(sum_of_shares),
+}
 COUNTED = {  # what the directory itself adds and reads
     "format": int,
     "step": at_least_0,
@@ -448,7 +458,7 @@ def run_form(
         "identity": dict,
         "config": dict,
         "scaling": {"observation_mean": is_scaling, "observation_std": is_scaling},
-        "counts": {name: at_least_0 for name in counts} | {"evaluated_at": int},
+        "counts": {name: COUNTS.get(name, at_least_0) for name in counts},
         "updates": at_least_0,
         "agent": dict(networks),
         "optimizer": {"state": moments, "param_groups": list},

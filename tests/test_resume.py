@@ -116,10 +116,37 @@ def test_the_logged_names_are_those_that_the_field_plots_at_their_steps(left_alo
         frozenset(UPDATE_METRICS): [*range(10, 231, 10)],
         # each episode is logged at the step at which it was played, before its updates
         frozenset(EPISODE_METRICS): [60, 210],
-        frozenset(EVAL_METRICS): [0, 60, 150, 230],
+        frozenset(EVAL_METRICS): [0, 60, 230],
+        frozenset(EVAL_METRICS | {"eval/regret"}): [150],  # online, at a multiple of eval_freq
     }
     assert {r["train/episode_length"] for r in records if "train/is_success" in r} == {150}
     assert all(np.isfinite(list(record.values())).all() for record in records)
+
+
+def test_the_regret_of_evaluations_is_that_of_the_online_phase_also_after_a_kill(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean of 1 - success; an older checkpoint, without its sums, begins it anew."""
+    options = [*RUN, "--eval_freq", 25, "--online_iterations", 105]  # evaluates at 165, too
+    real = cal_ql.Run.evaluate
+
+    def evaluate(run: cal_ql.Run) -> dict[str, float]:
+        return real(run) | {"eval/success_rate": run.progress.step / 200}
+
+    monkeypatch.setattr(cal_ql.Run, "evaluate", evaluate)
+    killed_at(cal_ql.Agent, "update", 130, *options)
+    assert call(*options).returncode == 0
+    found = {r["step"]: r["eval/regret"] for r in records_of(folder) if "eval/regret" in r}
+    expected = {step: 1 - np.mean(range(75, step + 1, 25)) / 200 for step in (75, 100, 125, 150)}
+    assert found == pytest.approx(expected)
+
+    path = newest(folder)
+    saved = torch.load(path, weights_only=True)
+    for name in ("evaluations", "successes"):
+        del saved["counts"][name]
+    torch.save(saved, path)
+    assert call(*options, "--online_iterations", 115).returncode == 0
+    assert records_of(folder)[-1]["eval/regret"] == 1 - 175 / 200
 
 
 def test_another_seed_gives_other_numbers(left_alone: Path, folder: Path) -> None:
