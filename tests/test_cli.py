@@ -84,6 +84,10 @@ CORL_FILES = {
 NOT_PUBLISHED = {"buffer_size", "name", "project", "device", "normalize_reward"}
 PUBLISHED = {
     "antmaze": {**CORL, **CORL_ANTMAZE, "actor_n_hidden_layers": 3, "hidden_dim": 256},
+    "antmaze_authors": {
+        **{**CORL, **CORL_ANTMAZE, "actor_n_hidden_layers": 2, "q_n_hidden_layers": 4},
+        **{"cql_clip_diff_min": -math.inf, "n_episodes": 20, "hidden_dim": 256},
+    },
     "adroit": {**CORL, **CORL_ADROIT, "cql_target_action_gap": -1.0, "reward_bias": 0.0},
     "kitchen": CORL
     | yaml.safe_load("""{
