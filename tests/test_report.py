@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import ROOT, call_tool
-from tools import report
+from tools import published, report
 
 MAZE, DOOR = "maze2d-umaze-v1", "D4RL/door/human-v2"
 
@@ -139,7 +140,9 @@ def made_up(seed: int, scores: dict[int, float], switch: int = 20, method: str =
     """A run that ends 20 steps after the switch."""
     values = np.array([list(scores), list(scores.values())], float)
     nothing = np.full(len(scores), np.nan)
-    return report.Run("", task, method, {}, seed, switch, switch + 20, *values, nothing, nothing)
+    unknown = np.full((len(scores), 4), np.nan)
+    columns = *values, nothing, nothing, unknown
+    return report.Run("", task, method, {}, seed, switch, switch + 20, *columns)
 
 
 def curves(*runs: report.Run) -> list[list[dict[float, float]]]:
@@ -188,6 +191,195 @@ def test_the_legend_covers_no_panel_and_titles_do_not_meet(n_tasks, n_names):
     for one, other in itertools.combinations(boxes, 2):
         width = min(one.x1, other.x1) - max(one.x0, other.x0)
         assert width < 1 or min(one.y1, other.y1) - max(one.y0, other.y0) < 1
+
+
+# ------------------------------------------------------------------- the critics' values
+
+DATA, POLICY, BOUND, BELOW = range(4)
+
+
+def write_values(path: Path, updates: dict[int, list[float]], **options) -> Path:
+    """A run that evaluates at 0, 20, 30 and 40, with these `VALUES` of updates by step."""
+    write_run(path, {0: 0, 20: 10, 30: 20, 40: 30}, **options)
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()[:-1]]
+    for step, values in updates.items():
+        record = {"step": step}
+        for names, value in zip(report.VALUES.values(), values):
+            share = names[0].startswith("bound_rate")
+            away = (
+                0.0 if len(names) == 1 else 0.05 if share else 1.0
+            )  # of each critic from the mean
+            record |= {name: value + sign * away for name, sign in zip(names, (1, -1))}
+        records.append(record)
+    records.sort(key=lambda record: (record["step"], report.SCORE in record))  # as runs write them
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (path / "metrics.jsonl").write_text(lines)
+    return path
+
+
+@pytest.fixture
+def valued(tmp_path) -> list[Path]:
+    """Two seeds of Cal-QL and one of CQL, with their critics' values."""
+    one = {10: [1, 2, 3, 0.5], 20: [3, 4, 3, 0.3], 25: [9, 8, 5, 0.2], 40: [5, 6, 7, 0.1]}
+    two = {step: [x + 2 for x in values[:3]] + [0.5] for step, values in one.items()}
+    cql = {step: [-x for x in values[:3]] + [0.9] for step, values in one.items()}
+    return [
+        write_values(tmp_path / "one", one),
+        write_values(tmp_path / "two", two, seed=1),
+        write_values(tmp_path / "cql", cql, calibrate=False),
+    ]
+
+
+def test_values_are_means_since_the_evaluation_before_and_over_both_critics(valued):
+    (run,) = report.read_run(valued[0])
+    assert np.isnan(run.values[0]).all()  # no update yet
+    expected = [[2, 3, 3, 0.4], [9, 8, 5, 0.2], [5, 6, 7, 0.1]]
+    np.testing.assert_allclose(run.values[1:], expected)
+
+
+def test_values_are_drawn_below_the_scores_by_method(valued):
+    runs, _ = report.read_all(valued)
+    figure = report.draw_figure(report.groups_of(report.label_methods(runs)))
+    scores, values, share = figure.axes
+    lines = [dict(line.get_xydata()) for line in values.lines]
+    assert lines[0] == pytest.approx({0: 3, 10: 10, 20: 6})  # Cal-QL, the data's actions
+    assert lines[POLICY] == pytest.approx({0: 4, 10: 9, 20: 7})
+    assert lines[BOUND] == pytest.approx({0: 4, 10: 6, 20: 8})
+    assert lines[3] == pytest.approx({0: -2, 10: -9, 20: -5})  # CQL
+    assert dict(share.lines[0].get_xydata()) == pytest.approx({0: 0.45, 10: 0.35, 20: 0.3})
+    assert values.lines[0].get_color() == share.lines[0].get_color() == scores.lines[0].get_color()
+    assert scores.get_xlim() == values.get_xlim() == share.get_xlim()
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {label for label, _ in report.LINES.values()} < {*texts}
+
+
+def test_a_csv_file_keeps_values_and_an_older_one_gives_scores_alone(valued, tmp_path):
+    new, again, old = (tmp_path / f"{name}.csv" for name in ("new", "again", "old"))
+    pictures = [tmp_path / "one.png", tmp_path / "two.png"]
+    _, printed, _ = call(*valued, "--csv", new, "--output", pictures[0])
+    assert call(new, "--csv", again, "--output", pictures[1]) == (0, printed, [])
+    assert new.read_text() == again.read_text()
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    with new.open() as file:
+        found = list(csv.DictReader(file))
+    assert list(found[0]) == [*report.COLUMNS, *report.VALUES]
+    assert [found[1][key] for key in report.VALUES] == ["2", "3", "3", "0.4"]
+    rows = [[row[key] for key in report.COLUMNS] for row in found]
+    old.write_text("\n".join(",".join(row) for row in [report.COLUMNS, *rows]))
+    assert call(old) == (0, printed, [])
+    figure = report.draw_figure(report.groups_of(report.read_csv(old)))
+    assert len(figure.axes) == 1
+
+
+def test_values_and_marks_cover_nothing(valued, tmp_path):
+    other = write_run(tmp_path / "other", {0: 0, 40: 5}, env=DOOR)
+    runs, _ = report.read_all([*valued, other])
+    figure = report.draw_figure(report.groups_of(report.label_methods(runs)))
+    figure.draw_without_rendering()
+    assert len(figure.axes) == 1 + 3 + 1  # the task without values, the one with, both together
+    boxes = [figure.legends[0].get_window_extent(), *(a.get_tightbbox() for a in figure.axes)]
+    for one, two in itertools.combinations(boxes, 2):
+        width = min(one.x1, two.x1) - max(one.x0, two.x0)
+        assert width < 1 or min(one.y1, two.y1) - max(one.y0, two.y0) < 1
+
+
+# ------------------------------------------------------------------- what others published
+
+UMAZE = "antmaze-umaze-v2"
+
+
+def test_the_published_rows_are_those_of_corls_readme():
+    rows = published.read_published(published.DEFAULT)
+    assert len(rows) == 20 and len({(row.task, row.method) for row in rows}) == 20
+    assert all("CORL" in row.source and "README.md" in row.source for row in rows)
+    means = {"Cal-QL": [53.04, 97.33, 0.067], "CQL": [48.38, 95.58, 0.115]}
+    for method, expected in means.items():
+        mazes = [row for row in rows if row.method == method and "antmaze" in row.task]
+        found = np.mean([[row.offline_score, row.score, row.regret] for row in mazes], 0)
+        assert len(mazes) == 6 and np.abs(found - expected).max() < 0.006
+
+
+def test_published_scores_are_a_row_and_marks_where_task_and_method_are_the_same(tmp_path):
+    paths = [
+        write_run(tmp_path / "a", {0: 0, 20: 10, 40: 50}, env=UMAZE),
+        write_run(tmp_path / "b", {0: 0, 20: 10, 40: 50}, env=UMAZE, name="mine"),
+        write_run(tmp_path / "c", {0: 0, 20: 10, 40: 50}),
+    ]
+    with_rows = rows(call(*paths)[1])
+    without = rows(call(*paths, "--published", "none")[1])
+    (added,) = [row for row in with_rows if row not in without]
+    assert added == [
+        UMAZE, "Cal-QL, by CORL (online plain CQL)", "4 seeds", "1,000,000 + 1,000,000",
+        "76.8 ± 4.3 → 99.8 ± 0.2", "–", "–", "–", "0.01 ± 0.00",
+    ]  # fmt: skip
+    runs = report.label_methods(report.read_all(paths)[0])
+    others = published.read_published(published.DEFAULT)
+
+    def marks(runs: list[report.Run]) -> list[tuple]:
+        axes = report.draw_figure(report.groups_of(runs), others).axes[0]
+        lines = [line for line in axes.lines if line.get_marker() == "D"]
+        return [(*line.get_xydata()[0], line.get_markerfacecolor() == "white") for line in lines]
+
+    assert marks(runs) == [(0, 76.75, True), (20, 99.75, True)]
+    assert marks(runs[2:]) == []
+    as_long = [run._replace(switch=10**6, end=2 * 10**6) for run in runs]
+    assert marks(as_long) == [(0, 76.75, False), (10**6, 99.75, False)]
+
+
+SEEDS = [([1.0, 2.0], [3.0, 4.0, 5.0, 6.0], np.float64(0.5)), ([7.0] * 2, [8.0] * 4, 0.0)]
+
+
+def test_corls_curves_are_drawn_behind(tmp_path):
+    file = tmp_path / "finetune_scores.pickle"
+    file.write_bytes(pickle.dumps({"Cal-QL": {UMAZE: SEEDS}, "IQL": {UMAZE: []}}))
+    path = write_run(tmp_path / "a", {0: 0, 20: 10, 40: 50}, env=UMAZE)
+    assert call(path, "--corl", file, "--output", tmp_path / "x.svg")[::2] == (0, [])
+    runs = report.label_methods(report.read_run(path))
+    figure = report.draw_figure(report.groups_of(runs), [], published.read_corl(file))
+    own, *seeds = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
+    assert dict(seeds[0].get_xydata()) == {-10: 1, 0: 2, 5: 3, 10: 4, 15: 5, 20: 6}
+    assert len(seeds) == 2 and all(line.get_zorder() < own.get_zorder() for line in seeds)
+    assert seeds[0].get_color() == own.get_color()
+
+
+class Calls:
+    def __reduce__(self):
+        return os.system, ("touch here",)
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ({"Cal-QL": Calls()}, "system"),
+        ([1], "expected CORL's finetune_scores.pickle"),
+        ({"Cal-QL": {UMAZE: [([], [1.0], 0.0)]}}, "shapes"),
+        ({"Cal-QL": {UMAZE: [([1.0], [float("nan")], 0.0)]}}, "finite"),
+        ({"Cal-QL": {UMAZE: [(1, 2)]}}, "expected CORL's"),
+    ],
+)
+def test_another_pickle_is_one_line_and_runs_nothing(content, says, study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.pickle").write_bytes(pickle.dumps(content))
+    code, _, errors = call(*study, "--corl", "x.pickle")
+    assert code == 2 and len(errors) == 1 and says in errors[0] and not Path("here").exists()
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (("76.75", "x"), "'x'"),
+        (("76.75", ""), "finite"),
+        (("seeds", "n"), "expected rows of task, method, source"),
+        (("1000000", "0"), "below 1"),
+    ],
+)
+def test_a_wrong_file_of_published_scores_is_one_line(change, says, study, tmp_path):
+    file = tmp_path / "published.csv"
+    file.write_text(published.DEFAULT.read_text().replace(*change))
+    code, _, errors = call(*study, "--published", file)
+    assert code == 2 and len(errors) == 1 and errors[0].startswith("report.py: error: published: ")
+    assert says in errors[0]
+    assert call(*study, "--published", tmp_path / "nowhere.csv")[0] == 2
 
 
 # ------------------------------------------------------------------- methods, seeds, running runs
@@ -276,7 +468,8 @@ STUDIES = "antmaze door maze2d-medium quickstart pointmaze"
     ],
 )
 def test_the_published_tables_are_those_of_the_published_curves(page, studies):
-    _, printed, _ = call(*(ROOT / "results" / f"{study}.csv" for study in studies.split()))
+    curves = [ROOT / "results" / f"{study}.csv" for study in studies.split()]
+    _, printed, _ = call(*curves, "--published", "none")
     assert printed.partition("\n\n")[0] in (ROOT / page).read_text()
 
 

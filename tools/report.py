@@ -12,6 +12,16 @@ starts of a run (device, logging, evaluation, number of steps) are ignored. A me
 Cal-QL, or CQL (`calibrate: false`), or by the option `name` if that was given. Then follows each
 option whose value is not that of most methods on the task. On a tie the default is the usual value;
 if the default is not among the tied values, every method shows its own.
+
+Below a task's scores, pictures have the values that the regularizer moves: the critics' mean value
+of the data's actions and of the policy's (in Cal-QL no lower than the bound, as the loss has them),
+the bound, which is the mean return-to-go, and the share of the policy's actions valued below it.
+Each point is a mean over the updates since the last evaluation. Files of --csv that are older than
+these columns give scores alone.
+
+results/published.csv has scores that others published. Where the task and the method are a run's,
+they are a row of the table and marks at the switch and at the end, whatever the number of steps;
+--published none leaves them out. CORL's "Cal-QL" trains online by plain CQL.
 """
 
 import argparse
@@ -34,14 +44,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from scipy import integrate, stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
 from runs.errors import InputError, check_regular, run_program
 from runs.options import cast_option, read_config_file
+from tools import published
 from tools.command_line import Parser
+from tools.published import Curves, Published
 
 SCORE = "eval/d4rl_normalized_score"
 SUCCESS = "eval/success_rate"
@@ -56,6 +68,18 @@ PHRASES = {  # instead of an option and its value
 }
 COUNTS = "seed", "offline_iterations", "online_iterations"
 COLUMNS = "task", "method", *COUNTS, "step", "score", "success_rate", "regret"  # of a CSV file
+VALUES = {  # more columns, of runs that have them: the metrics of which each is the mean
+    "data_value": ("average_qf1", "average_qf2"),
+    "policy_value": ("cql_q1_current_actions", "cql_q2_current_actions"),
+    "bound": ("average_return_to_go",),
+    "share_below": ("bound_rate_cql_q1_current_actions", "bound_rate_cql_q2_current_actions"),
+}
+UNKNOWN = (math.nan,) * len(VALUES)
+LINES = {  # how the values are drawn, the share aside
+    "data_value": ("value of data's actions", "solid"),
+    "policy_value": ("value of policy's actions", "dashed"),
+    "bound": ("bound (return-to-go)", "dotted"),
+}
 MOST_STEPS = 2**53  # float64 holds every whole number up to it
 LARGEST_SCORE = 1e100  # its square is finite
 SHARES = np.linspace(-1, 1, 81)  # -1 to 0: share of the offline phase; 0 to 1: of the online phase
@@ -64,6 +88,8 @@ COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
 DASHES = "solid", "dashed", "dashdot"  # for seven methods each; unfinished runs are dotted
 RUNNING = dict(linestyle="dotted")
 SWITCH = dict(color="grey", linestyle=(0, (4, 3)), linewidth=1, zorder=0)
+SEED_OF_OTHERS = dict(linestyle="solid", linewidth=0.8, alpha=0.35, zorder=1)
+MARK = dict(marker="D", markersize=5, capsize=2, linestyle="none", clip_on=False, zorder=4)
 
 
 class Run(NamedTuple):
@@ -80,6 +106,7 @@ class Run(NamedTuple):
     scores: np.ndarray  # [n], normalized
     successes: np.ndarray  # [n], share of the evaluation episodes; NaN where a task has no goal
     regrets: np.ndarray  # [n], mean of 1 - success over the training episodes so far, or NaN
+    values: np.ndarray  # [n, 4], VALUES since the evaluation before, NaN where they are not known
 
     @property
     def ended(self) -> bool:
@@ -94,6 +121,14 @@ class Run(NamedTuple):
     def scores_at(self, positions: Any, by_share: bool = False) -> Any:
         """Linear between evaluations; NaN before the first and after the last."""
         return np.interp(positions, self.positions(by_share), self.scores, np.nan, np.nan)
+
+    def values_at(self, positions: np.ndarray, column: str) -> np.ndarray:
+        """Those of `VALUES`, likewise."""
+        values = self.values[:, list(VALUES).index(column)]
+        known = ~np.isnan(values)
+        if not known.any():
+            return np.full(len(positions), np.nan)
+        return np.interp(positions, self.positions()[known], values[known], np.nan, np.nan)
 
     def online_area(self) -> float:
         """Area under the online phase's scores (trapezoids) over its steps so far: a mean score."""
@@ -115,7 +150,7 @@ def make_run(
     counts: list[Any],
     evaluations: dict[Any, Any],
 ) -> Run:
-    """A run by its `COUNTS` and by the score, success rate and regret at each step.
+    """A run by its `COUNTS` and by the score, success rate, regret and `VALUES` at each step.
 
     Raises ValueError, TypeError or OverflowError where a value cannot be a run's.
     """
@@ -131,14 +166,17 @@ def make_run(
     for count in (seed, offline, online, rows[0][0], rows[-1][0]):
         if not 0 <= count <= MOST_STEPS:
             raise ValueError(f"a seed, step or number of steps of {count:.3g}")
-    steps, scores, successes, regrets = np.array(rows).T
+    table = np.array(rows)
+    steps, scores, successes, regrets = table[:, :4].T
+    values = table[:, 4:]
     if not (np.abs(scores) <= LARGEST_SCORE).all():
         raise ValueError("a score that is not finite, or above 1e100")
     if np.isinf(successes).any() or np.isinf(regrets).any():
         raise ValueError("a success rate or a regret that is not finite")
-    end = offline + online
-    values = steps, scores, successes, regrets
-    return Run(str(source), task, method, options, seed, offline, end, *values)
+    if not (np.abs(values[~np.isnan(values)]) <= LARGEST_SCORE).all():
+        raise ValueError("a value of the critics that is not finite, or above 1e100")
+    columns = steps, scores, successes, regrets, values
+    return Run(str(source), task, method, options, seed, offline, offline + online, *columns)
 
 
 def method_options(options: dict[str, Any]) -> dict[str, str]:
@@ -162,13 +200,29 @@ def read_run(directory: Path) -> list[Run]:
     lines = metrics.read_bytes().split(b"\n")[:-1]  # without a torn one
     evaluations = {}
     regret = np.nan
+    since = [UNKNOWN]  # the evaluation before
     for record in json.loads(b"[" + b",\n".join(lines) + b"]"):  # errors tell the file's line
         regret = record.get(REGRET, regret)
+        if "average_qf1" in record:
+            since.append(values_in(record))
         if SCORE in record:
-            evaluations[record["step"]] = record[SCORE], record.get(SUCCESS, np.nan), regret
+            values = np.mean(since[1:] or since, 0)
+            evaluations[record["step"]] = (
+                record[SCORE],
+                record.get(SUCCESS, np.nan),
+                regret,
+                *values,
+            )
+            since = [UNKNOWN]
     counts = [options[key] for key in COUNTS]
     chosen = method_options(vars(cal_ql.Config()) | options)
     return [make_run(directory, options["env"], "", chosen, counts, evaluations)]
+
+
+def values_in(record: dict[str, Any]) -> list[float]:
+    """`VALUES` of a record of updates; NaN for one that it lacks, as those of older runs do."""
+    found = ([record[name] for name in names if name in record] for names in VALUES.values())
+    return [sum(values) / len(values) if values else math.nan for values in found]
 
 
 def read_csv(path: Path) -> list[Run]:
@@ -176,6 +230,7 @@ def read_csv(path: Path) -> list[Run]:
     found = defaultdict(dict)
     for row in csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()):
         task, method, seed, offline, online, step, *values = (row[key] for key in COLUMNS)
+        values += [row.get(key) for key in VALUES]  # none in older files
         found[task, method, seed, offline, online][step] = [value or np.nan for value in values]
     if not found:
         raise ValueError("no evaluation")
@@ -312,7 +367,8 @@ method. Online area: area under the online phase's scores divided by its length,
 Success: share of the last evaluation's episodes. Regret: mean of 1 - success over the training
 episodes. Probability of improvement: that a run of the first method ends higher than one of the
 second; a tie counts one half. All tasks: the methods that have ended on each; mean over tasks, IQM
-over all runs. Curves: IQM and its interval."""
+over all runs. By others: as they published it, with the standard error of their seeds. Curves: IQM
+and its interval."""
 
 
 def mean_and_error(samples: list[np.ndarray], digits: int = 1) -> str:
@@ -359,9 +415,27 @@ def score_row(title: str, name: str, tasks: list[list[Run]]) -> list[str]:
     return row
 
 
-def tables_of(groups: dict[str, Group]) -> list[list[list[str]]]:
+def published_row(one: Published) -> list[str]:
+    def shown(value: float, deviation: float, digits: int = 1) -> str:
+        error = one.error(deviation)
+        if math.isnan(value):
+            return "–"
+        return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+    steps = f"{one.offline_iterations:,} + {one.online_iterations:,}"
+    scores = shown(one.offline_score, one.offline_deviation), shown(one.score, one.deviation)
+    regret = shown(one.regret, one.regret_deviation, 2)
+    return [one.task, one.name, f"{one.seeds} seeds", steps, " → ".join(scores), *"–––", regret]
+
+
+def tables_of(groups: dict[str, Group], others: list[Published] = ()) -> list[list[list[str]]]:
     """Two tables as rows of cells, the first row their header: scores and improvements."""
-    scores = [score_row(t, name, group[name]) for t, group in groups.items() for name in group]
+    scores = []
+    for title, group in groups.items():
+        scores += [score_row(title, name, group[name]) for name in group]
+        scores += [
+            published_row(one) for one in others if one.task == title and one.method in group
+        ]
     improvements = []
     for title, group in groups.items():
         for one, other in itertools.combinations(group, 2):
@@ -384,7 +458,7 @@ def markdown(tables: list[list[list[str]]]) -> str:
 # ---------------------------------------------------------------------------- pictures
 
 
-def draw_panel(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
+def draw_scores(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
     """Draw each method's interquartile mean over runs, with its interval, where all have scores.
 
     Runs that have not ended are thin and dotted; a mean of such runs is dotted. Scores between two
@@ -406,10 +480,7 @@ def draw_panel(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
             axes.fill_between(positions, bounds.low, bounds.high, **band)
         for run in (run for runs in tasks for run in runs if not run.ended):
             axes.plot(run.positions(by_share), run.scores, **styles[name] | RUNNING, linewidth=1)
-    axes.axvline(0, **SWITCH)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylabel("normalized score")
+    dress(axes, "normalized score")
     axes.set_xlabel("share of each phase" if by_share else "offline updates | online steps")
     if by_share:
         axes.set_xticks([-1, 0, 1], ["start", "switch", "end"])
@@ -418,26 +489,125 @@ def draw_panel(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def draw_figure(groups: dict[str, Group]) -> Figure:
-    """Draw a panel for each group, with one legend below them."""
-    names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    looks = itertools.cycle(itertools.product(DASHES, COLOURS))
-    styles = {name: dict(color=c, linestyle=d) for name, (d, c) in zip(names, looks)}
-    labels = {textwrap.fill(name, 60): Line2D([], [], **styles[name]) for name in names}
+def dress(axes: Axes, label: str) -> None:
+    axes.axvline(0, **SWITCH)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylabel(label)
+
+
+def has_values(group: Group) -> bool:
+    """Whether it is a single task of which some run has `VALUES`."""
+    all_runs = [runs for tasks in group.values() for runs in tasks]
+    known = any(not np.isnan(run.values).all() for runs in all_runs for run in runs)
+    return known and len(next(iter(group.values()))) == 1
+
+
+def draw_values(panels: list[Axes], group: Group, styles: dict[str, dict]) -> None:
+    """Draw `VALUES` below the scores in the first panel: IQM over the runs that count."""
+    scores, values, share = panels
+    for name, (runs,) in group.items():
+        used = counted(runs)
+        positions = np.unique(np.concatenate([run.positions() for run in used]))
+        for column in VALUES:
+            samples = np.array([run.values_at(positions, column) for run in used])
+            known = ~np.isnan(samples).any(0)
+            mean = interquartile_mean(samples[:, known], axis=0)
+            is_share = column == "share_below"
+            style = "solid" if is_share else LINES[column][1]
+            where = share if is_share else values
+            look = dict(color=styles[name]["color"], linestyle=style, linewidth=1.3)
+            where.plot(positions[known], mean, **look)
+    dress(values, "value, bound")
+    dress(share, "below bound")
+    share.yaxis.label.set_fontsize("small")
+    share.set_ylim(-0.03, 1.03)
+    share.yaxis.set_major_formatter(PercentFormatter(1.0))
+    share.set_xlabel(scores.get_xlabel())
+    for axes in (scores, values):
+        axes.set_xlabel("")
+        axes.tick_params(labelbottom=False)
+
+
+def draw_others(
+    axes: Axes, group: Group, styles: dict[str, dict], others: list[Published], curves: Curves
+) -> None:
+    """Draw what others published of the group's task and methods, by the share of each phase.
+
+    A mark is filled where their phases have as many steps as the runs', else hollow.
+    """
+    for name, (runs, *_) in group.items():
+        task = runs[0].task
+        look = dict(color=styles[name]["color"])
+        switch = max(run.switch for run in runs)
+        length = max(run.end - run.switch for run in runs)
+        for offline, online in curves.get((task, name), []):
+            before = switch * (np.arange(1, len(offline) + 1) / len(offline) - 1)
+            after = length * np.arange(1, len(online) + 1) / len(online)
+            shown = np.r_[offline, online]
+            axes.plot(np.r_[before, after], shown, **look | SEED_OF_OTHERS)
+        for one in others:
+            if (one.task, one.method) != (task, name):
+                continue
+            same = all((run.switch, run.end - run.switch) == one.lengths for run in runs)
+            filling = look["color"] if same else "white"
+            marks = dict(**look, **MARK, markerfacecolor=filling)
+            if switch:
+                axes.errorbar(0, one.offline_score, one.error(one.offline_deviation), **marks)
+            if length:
+                axes.errorbar(length, one.score, one.error(one.deviation), **marks)
+
+
+def legend_of(
+    groups: dict[str, Group], styles: dict[str, dict], others: list[Published], curves: Curves
+) -> dict[str, Line2D]:
+    """What the legend shows, by its label."""
+    labels = {textwrap.fill(name, 60): Line2D([], [], **style) for name, style in styles.items()}
     labels["switch to the online phase"] = Line2D([], [], **SWITCH)
     if any(not r.ended for group in groups.values() for (runs, *_) in group.values() for r in runs):
         labels["not at its end yet"] = Line2D([], [], color="black", **RUNNING)
+    if any(map(has_values, groups.values())):
+        for label, style in LINES.values():
+            labels[label] = Line2D([], [], color="black", linestyle=style, linewidth=1.3)
+    shown = {(title, name) for title, group in groups.items() for name in group}
+    if any(key in shown for key in curves):
+        labels["CORL's seeds"] = Line2D([], [], color="black", **SEED_OF_OTHERS)
+    if any((one.task, one.method) in shown for one in others):
+        look = MARK | dict(color="black", markerfacecolor="white")
+        look.pop("capsize")
+        labels["published"] = Line2D([], [], **look)
+    return labels
+
+
+def draw_figure(
+    groups: dict[str, Group], others: list[Published] = (), curves: Curves | None = None
+) -> Figure:
+    """Draw a panel for each group, its values below it, and one legend below them all."""
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    looks = itertools.cycle(itertools.product(DASHES, COLOURS))
+    styles = {name: dict(color=c, linestyle=d) for name, (d, c) in zip(names, looks)}
+    labels = legend_of(groups, styles, others, curves or {})
     columns = min(len(groups), 4 if len(groups) % 4 == 0 else 3)
-    rows = math.ceil(len(groups) / columns)
+    rows = [list(groups)[start : start + columns] for start in range(0, len(groups), columns)]
+    heights = []  # of the scores alone or, in a row in which a task has values, of three panels
+    for row in rows:
+        in_three = any(has_values(groups[title]) for title in row)
+        heights.append([2.5, 1.7, 1.0] if in_three else [2.7])
     width = max(3.2 * columns, 5)
     across = max(1, int(12 * width / (8 + max(map(len, labels)))))
-    figure = Figure((width, 2.7 * rows + 0.22 * len(labels) / across), layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, (title, group) in zip(all_axes, groups.items()):
-        axes.set_title(textwrap.fill(title, 36), fontsize="medium", parse_math=False)
-        draw_panel(axes, group, styles)
-    for axes in all_axes[len(groups) :]:
-        axes.remove()
+    height = sum(map(sum, heights)) + 0.22 * math.ceil(len(labels) / across)
+    figure = Figure((width, height), layout="constrained")
+    grid = figure.add_gridspec(len(rows), columns, height_ratios=list(map(sum, heights)))
+    for number, (row, parts) in enumerate(zip(rows, heights)):
+        for column, title in enumerate(row):
+            inner = grid[number, column].subgridspec(len(parts), 1, height_ratios=parts)
+            axes = figure.add_subplot(inner[0])
+            axes.set_title(textwrap.fill(title, 36), fontsize="medium", parse_math=False)
+            draw_scores(axes, groups[title], styles)
+            draw_others(axes, groups[title], styles, others, curves or {})
+            if has_values(groups[title]):
+                below = [figure.add_subplot(inner[place], sharex=axes) for place in (1, 2)]
+                draw_values([axes, *below], groups[title], styles)
     place = dict(loc="outside lower center", ncols=across, frameon=False)
     for text in figure.legend(labels.values(), labels, **place).get_texts():
         text.set_parse_math(False)  # a $ in a name is a $
@@ -471,22 +641,29 @@ def page(figure: Figure, tables: list[list[list[str]]]) -> str:
 def write_csv(runs: list[Run], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(COLUMNS)
+        known = any(not np.isnan(run.values).all() for run in runs)
+        rows.writerow([*COLUMNS, *VALUES] if known else COLUMNS)
         for run in runs:
             name = (run.task, run.method, run.seed, run.switch, run.end - run.switch)
-            for step, *values in zip(run.steps, run.scores, run.successes, run.regrets):
+            columns = [run.scores, run.successes, run.regrets, *(run.values.T if known else [])]
+            for step, *values in zip(run.steps, *columns):
                 shown = ["" if math.isnan(value) else f"{value:.7g}" for value in values]
                 rows.writerow([*name, int(step), *shown])
 
 
-def write_outputs(args: argparse.Namespace, runs: list[Run], tables: list, text: str) -> None:
+def write_outputs(
+    args: argparse.Namespace, runs: list[Run], tables: list, text: str, *published: Any
+) -> None:
     """Write the files that the command line names; raises `InputError` where that fails."""
     groups = groups_of(runs)
     outputs: list[tuple[Path | None, Callable[[Path], Any]]] = [
         (args.csv, lambda path: write_csv(runs, path)),
         (args.markdown, lambda path: path.write_text(text, encoding="utf-8")),
-        (args.output, lambda path: draw_figure(groups).savefig(path, dpi=150)),
-        (args.html, lambda path: path.write_text(page(draw_figure(groups), tables), "utf-8")),
+        (args.output, lambda path: draw_figure(groups, *published).savefig(path, dpi=150)),
+        (
+            args.html,
+            lambda path: path.write_text(page(draw_figure(groups, *published), tables), "utf-8"),
+        ),
     ]
     for path, write in outputs:
         try:
@@ -494,6 +671,13 @@ def write_outputs(args: argparse.Namespace, runs: list[Run], tables: list, text:
                 write(path)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def read_others(path: Path | None) -> list[Published]:
+    """What --published names; without it, what comes with the repository."""
+    if path is None:
+        return published.read_published(published.DEFAULT) if published.DEFAULT.exists() else []
+    return [] if str(path) == "none" else published.read_published(path)
 
 
 def main() -> None:
@@ -504,19 +688,27 @@ def main() -> None:
     option("--html", type=Path, help="page to write, with tables and pictures in it")
     option("--markdown", type=Path, help="file to write the printed tables to")
     option("--csv", type=Path, help="file to write the curves to, to report them again")
+    option(
+        "--published", type=Path, help="scores of others (default: results/published.csv) or none"
+    )
+    option(
+        "--corl", type=Path, help="CORL's finetune_scores.pickle, to draw its seeds behind these"
+    )
     args = parser.parse_args()
     if args.output and args.output.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"output: found {args.output}, expected .png, .pdf or .svg")
+    others = read_others(args.published)
+    curves = published.read_corl(args.corl) if args.corl else {}
     runs, problems = read_all(args.runs)
     if not runs:
         raise InputError("; ".join(problems))
     runs, duplicates = without_duplicates(label_methods(runs))
     for line in problems + duplicates:
         print(f"report.py: left out: {line}", file=sys.stderr)
-    tables = tables_of(groups_of(runs))
+    tables = tables_of(groups_of(runs), others)
     text = markdown(tables)
     print(text, end="")
-    write_outputs(args, runs, tables, text)
+    write_outputs(args, runs, tables, text, others, curves)
 
 
 if __name__ == "__main__":
