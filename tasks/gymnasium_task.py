@@ -75,8 +75,11 @@ class GymnasiumTask(Task):
         self.observation_dim = flat_size(name, env.observation_space)
         self.action_dim = flat_size(name, env.action_space)
         self.action_scale: np.ndarray = env.action_space.high
-        if not np.array_equal(env.action_space.low, -self.action_scale):
-            raise InputError(f"env: {name} has actions in {env.action_space}, expected [-a, a]")
+        is_finite = np.isfinite(self.action_scale).all() and (self.action_scale > 0).all()
+        if not (is_finite and np.array_equal(env.action_space.low, -self.action_scale)):
+            raise InputError(
+                f"env: {name} has actions in {env.action_space}, expected [-a, a] with a finite a"
+            )
         if env.spec is None or not env.spec.max_episode_steps:
             raise InputError(f"env: {name} has no time limit, expected max_episode_steps")
         self.max_episode_steps: int = env.spec.max_episode_steps

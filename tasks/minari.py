@@ -15,7 +15,7 @@ import numpy as np
 
 from runs.errors import InputError, close_matches
 from tasks.files import check_file, check_self_contained, data_directory, is_folder, reading
-from tasks.gymnasium_task import GymnasiumTask, import_for, making_environment
+from tasks.gymnasium_task import GymnasiumTask, flat_size, import_for, making_environment
 from tasks.task import Step, check_rows
 
 
@@ -57,9 +57,10 @@ class Minari(GymnasiumTask):
 
     def start(self) -> None:
         """Make the environment, and play a step to see what it reports."""
-        is_antmaze = "antmaze" in self.name
+        is_antmaze = self.name.startswith("D4RL/antmaze/")
         space = self.dataset.observation_space
-        self.subtasks = list(space["desired_goal"]) if "kitchen" in self.name else []
+        is_kitchen = self.name.startswith("D4RL/kitchen/")
+        self.subtasks = list(space["desired_goal"]) if is_kitchen else []
         self.end_reward = 1.0 if is_antmaze else float(len(self.subtasks) or np.inf)
         super().__init__(self.name, self.recover(space), simulator="mujoco")
         base = self.env.unwrapped
@@ -95,6 +96,7 @@ class Minari(GymnasiumTask):
         """The dataset's environment for evaluation, with observations flattened as the data's."""
         from gymnasium import spaces, wrappers
 
+        check_space(self.name, space)
         options: dict[str, Any] = {"eval_env": "antmaze/umaze" not in self.name}
         if self.subtasks:
             options["tasks_to_complete"] = self.subtasks
@@ -202,8 +204,8 @@ def check_environment(spec: Any, folder: Path) -> None:
     registered = gymnasium.registry.get(spec.id)
     if registered is None:
         raise InputError(
-            f"dataset {folder}: its environment {spec.id!r} is not registered with gymnasium here; "
-            "only gymnasium's and gymnasium-robotics' own are made: a dataset must run no code"
+            f"dataset {folder}: its environment {spec.id!r} is not registered with gymnasium here, "
+            "and a dataset must run no code; docs/own_data.md says how your own package registers it"
         )
     found = entry_points(spec)
     expected = entry_points(registered)
@@ -235,6 +237,19 @@ def check_pyarrow(data_format: str, folder: Path) -> None:
             f"dataset {folder}: found pyarrow {pyarrow.__version__}, whose files can run code "
             "(CVE-2023-47248), expected 14.0.1 or newer; `pip install -U pyarrow`"
         )
+
+
+def check_space(name: str, space: Any) -> None:
+    """Raise `InputError` unless `flatten` makes vectors of the space's observations."""
+    from gymnasium import spaces
+
+    if isinstance(space, spaces.Dict):
+        for part in space.values():
+            check_space(name, part)
+    elif isinstance(space, spaces.Box):
+        flat_size(name, space)
+    else:
+        raise InputError(f"env: {name} has observations in {space}, expected a Box of vectors")
 
 
 def flatten(space: Any, values: Any) -> np.ndarray:
