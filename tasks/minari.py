@@ -62,7 +62,8 @@ class Minari(GymnasiumTask):
         is_kitchen = self.name.startswith("D4RL/kitchen/")
         self.subtasks = list(space["desired_goal"]) if is_kitchen else []
         self.end_reward = 1.0 if is_antmaze else float(len(self.subtasks) or np.inf)
-        super().__init__(self.name, self.recover(space), simulator="mujoco")
+        simulator = "mujoco" if self.name.startswith(("D4RL/", "mujoco/")) else "gymnasium"
+        super().__init__(self.name, self.recover(space), simulator)
         base = self.env.unwrapped
         if hasattr(base, "maze"):
             self.failure_reward = 0.0 if base.reward_type == "sparse" else None
