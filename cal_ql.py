@@ -519,8 +519,7 @@ def return_to_go(
     sparse tasks, `failure_reward` is the most that a step without success yields. An episode with
     no larger reward has failed and is treated as failing forever: mean reward / (1 - discount).
 
-    Returns [N] float32. A dense episode's sum stops where a time limit cut it, so that with
-    negative rewards the bound is too high there.
+    Returns [N] float32. Where a time limit cut a dense episode, a negative sum is too high a bound.
     """
     sums = np.empty(len(rewards))
     future = 0.0
@@ -588,9 +587,8 @@ def load_dataset(
     """The transitions of the file at `path`, scaled, with their returns-to-go.
 
     The last row of a truncated episode has no next observation, so it is no transition, but its
-    reward counts in the return-to-go of the rows before. `known_scaling` holds the observations'
-    mean and deviation that networks from a checkpoint were trained with. Raises `InputError` for a
-    bad file, for options that do not suit it, and for values too large to train on.
+    reward counts in the return-to-go of the rows before. `known_scaling` holds a checkpoint's mean
+    and deviation of observations. Raises `InputError` for bad files, options and large values.
     """
     if config.is_sparse_reward and task.failure_reward is None:
         raise InputError(f"is_sparse_reward: found true, expected false: {config.env} is dense")
