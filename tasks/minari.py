@@ -206,7 +206,7 @@ def check_environment(spec: Any, folder: Path) -> None:
     if registered is None:
         raise InputError(
             f"dataset {folder}: its environment {spec.id!r} is not registered with gymnasium here, "
-            "and a dataset must run no code; docs/own_data.md says how your own package registers it"
+            "and a dataset must run no code; docs/own_data.md says how yours is registered"
         )
     found = entry_points(spec)
     expected = entry_points(registered)

@@ -33,6 +33,7 @@ from helpers import (
     resumed_like_left_alone,
     start_run,
 )
+from runs.errors import InputError
 
 gymnasium, minari = pytest.importorskip("gymnasium"), pytest.importorskip("minari")
 pytest.importorskip("gymnasium_robotics")
@@ -358,6 +359,38 @@ def test_bad_data_is_named_in_one_line(env, says, root, tmp_path, monkeypatch):
         record(env, Recording(gymnasium.make("CartPole-v1"), lambda *_: 0))
     line = error_line(call(*TINY, "--env", env, "--dataset_path", tmp_path))
     assert re.search(says, line) and not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("space", "says"),
+    [
+        ("Box(0, 255, (8, 8, 3), np.uint8)", "has the space Box.*, expected a Box of vectors"),
+        ("Discrete(5)", "has observations in Discrete.5., expected a Box of vectors"),
+        ("Dict(a=Box(-1, 1, (3,)), b=Dict(c=Discrete(3)))", "has observations in Discrete.3."),
+        ("Tuple([Box(-1, 1, (3,))])", "has observations in Tuple"),
+    ],
+)
+def test_observations_are_vectors(space, says):
+    space = eval(space, {"np": np, **vars(gymnasium.spaces)})
+    with pytest.raises(InputError, match=f"^env: mine/x-v0 {says}"):
+        tasks.minari.check_space("mine/x-v0", space)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-np.inf, np.inf), (0, 0), (-1, 2)])
+def test_actions_are_in_a_symmetric_finite_box(low, high):
+    env = gymnasium.make("Pendulum-v1")
+    env.action_space = gymnasium.spaces.Box(low, high, (2,))
+    with pytest.raises(InputError, match="expected .-a, a. with a finite a"):
+        tasks.gymnasium_task.GymnasiumTask("mine/x-v0", env)
+
+
+@pytest.mark.parametrize("name", ["mine/kitchen-v0", "mine/antmaze-v0"])
+def test_rules_of_d4rls_tasks_are_theirs_alone(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    record(name, Recording(gymnasium.make("Pendulum-v1")))
+    task = tasks.make(name, str(tmp_path))
+    assert (task.end_reward, task.subtasks, task.has_goal) == (np.inf, [], False)
+    assert task.physics.startswith("gymnasium ") and task.score(-123.0, False) == -123.0
 
 
 def test_a_download_ends_whole_or_leaves_nothing(root, tmp_path, monkeypatch):
