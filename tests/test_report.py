@@ -238,7 +238,9 @@ def test_values_are_means_since_the_evaluation_before_and_over_both_critics(valu
 
 
 def test_values_are_drawn_below_the_scores_by_method(valued):
-    runs, _ = report.read_all(valued)
+    older = write_run(valued[0].parent / "older", {0: 0, 20: 9, 40: 9}, seed=2)
+    no_values = write_run(valued[0].parent / "no_values", {0: 0, 40: 9}, cql_alpha=1)
+    runs, _ = report.read_all([*valued, older, no_values])
     figure = report.draw_figure(report.groups_of(report.label_methods(runs)))
     scores, values, share = figure.axes
     lines = [dict(line.get_xydata()) for line in values.lines]

@@ -504,10 +504,12 @@ def has_values(group: Group) -> bool:
 
 
 def draw_values(panels: list[Axes], group: Group, styles: dict[str, dict]) -> None:
-    """Draw `VALUES` below the scores in the first panel: IQM over the runs that count."""
+    """Draw `VALUES` below the scores in the first panel: IQM over the runs that count, if known."""
     scores, values, share = panels
     for name, (runs,) in group.items():
-        used = counted(runs)
+        used = [run for run in counted(runs) if not np.isnan(run.values).all()]
+        if not used:  # all are of older files
+            continue
         positions = np.unique(np.concatenate([run.positions() for run in used]))
         for column in VALUES:
             samples = np.array([run.values_at(positions, column) for run in used])
