@@ -411,15 +411,6 @@ COUNTED = {  # what the directory itself adds and reads
 }
 
 
-def form_of(value: Any) -> Any:
-    """The form of what looks like `value`: its keys, lengths, shapes and types."""
-    if isinstance(value, dict):
-        return {key: form_of(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [form_of(part) for part in value]
-    return value if torch.is_tensor(value) else type(value)
-
-
 def check_form(state: Any, form: Any, path: Path, option: str = "") -> None:
     """Raise `InputError` unless `state`, of the checkpoint at `path`, is of a form.
 

@@ -179,6 +179,24 @@ def write_dataset(
     return path
 
 
+def make_pendulum_data(name: str, root: Path) -> Path:
+    """A Minari dataset of two steps in MINARI_DATASETS_PATH, here `root`; its metadata's path."""
+    import gymnasium
+    import minari
+
+    buffer = minari.data_collector.episode_buffer.EpisodeBuffer(
+        observations=np.zeros((3, 3), np.float32),
+        actions=np.zeros((2, 1), np.float32),
+        rewards=[0.0, 1.0],
+        terminations=[False] * 2,
+        truncations=[False, True],
+    )
+    env = gymnasium.make("Pendulum-v1")
+    options = dict(env=env, eval_env=env, algorithm_name="none", description="two steps")
+    minari.create_dataset_from_buffers(name, [buffer], **options)
+    return root / name / "data" / "metadata.json"
+
+
 def only_run(path: Path) -> Path:
     """Directory of the one run whose checkpoints_path is `path`."""
     (metrics,) = path.glob("*/metrics.jsonl")

@@ -18,7 +18,7 @@ import torch
 
 from helpers import file_size_limit
 from runs import directory as module
-from runs.directory import Maybe, RunDirectory, check_form, form_of, load_checkpoint
+from runs.directory import Maybe, RunDirectory, check_form, load_checkpoint
 from runs.errors import DirectoryInUse, InputError, RunError
 
 CPU = torch.device("cpu")
@@ -419,10 +419,9 @@ def test_a_form_names_the_place_what_is_there_and_what_should_be(
     assert problem in str(error.value)
 
 
-def test_the_form_of_a_value_is_its_own() -> None:
-    check_form(GOOD, form_of(GOOD), Path())
+def test_a_whole_number_is_no_float() -> None:
     with pytest.raises(InputError, match="counts step: found 1.0, expected int"):
-        check_form(GOOD | {"counts": {"step": 1.0, "rate": 0.0}}, form_of(GOOD), Path())
+        check_form(GOOD | {"counts": {"step": 1.0, "rate": 0.0}}, NESTED, Path())
 
 
 def test_what_is_no_checkpoint_is_named_with_its_option(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import tasks
-from helpers import ROOT, SMALL, call, error_line, write_dataset
+from helpers import ROOT, SMALL, call, error_line, make_pendulum_data, write_dataset
 from runs.errors import InputError
 from tasks import d4rl_compat
 from tasks.adroit import unpickle
@@ -189,22 +189,12 @@ PENDULUM = "toys/pendulum-v0"
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Minari's root folder with a dataset of two steps, and its metadata."""
-    gymnasium, minari = pytest.importorskip("gymnasium"), pytest.importorskip("minari")
+    pytest.importorskip("minari")
     pytest.importorskip("gymnasium_robotics")
     root = tmp_path_factory.mktemp("minari")
-    env = gymnasium.make("Pendulum-v1")
-    buffer = minari.data_collector.episode_buffer.EpisodeBuffer(
-        observations=np.zeros((3, 3), np.float32),
-        actions=np.zeros((2, 1), np.float32),
-        rewards=[0.0, 1.0],
-        terminations=[False] * 2,
-        truncations=[False, True],
-    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(root))
-        options = dict(env=env, eval_env=env, algorithm_name="none", description="two steps")
-        minari.create_dataset_from_buffers(PENDULUM, [buffer], **options)
-    path = root / PENDULUM / "data" / "metadata.json"
+        path = make_pendulum_data(PENDULUM, root)
     return {"root": root, "path": path, "metadata": json.loads(path.read_text())}
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import tasks
-from helpers import ROOT, write_dataset
+from helpers import ROOT, make_pendulum_data, write_dataset
 from runs.errors import InputError
 from tasks import files
 from tasks.adroit import unpickle
@@ -245,20 +245,11 @@ def test_ogbench_files_without_good_states_are_refused(
 
 
 def test_a_minari_reference_score_is_a_number(tmp_path: Path, monkeypatch) -> None:
-    gymnasium, minari = pytest.importorskip("gymnasium"), pytest.importorskip("minari")
+    pytest.importorskip("minari")
     pytest.importorskip("gymnasium_robotics")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    episode = minari.data_collector.episode_buffer.EpisodeBuffer(
-        observations=np.zeros((3, 3), np.float32),
-        actions=np.zeros((2, 1), np.float32),
-        rewards=[0.0, 1.0],
-        terminations=[False] * 2,
-        truncations=[False, True],
-    )
     name = "toys/pendulum-v0"
-    env = gymnasium.make("Pendulum-v1")
-    minari.create_dataset_from_buffers(name, [episode], env=env, eval_env=env)
-    path = tmp_path / name / "data" / "metadata.json"
+    path = make_pendulum_data(name, tmp_path)
     metadata = json.loads(path.read_text())
     for score in ("many", [1.0], float("nan")):
         path.write_text(json.dumps({**metadata, "ref_min_score": score, "ref_max_score": 1.0}))
