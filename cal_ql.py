@@ -766,7 +766,7 @@ class Run:
             return
         scaling = {k: v for k, v in self.dataset.scaling._asdict().items() if "observation" in k}
         state = {
-            "identity": identity(self.config),
+            "identity": self.directory.identity,
             "config": vars(self.config),
             "scaling": {name: torch.as_tensor(value) for name, value in scaling.items()},
             "step": self.progress.step,

@@ -53,6 +53,7 @@ class RunDirectory:
     def __init__(self, path: Path, resume: bool):
         self.path = path
         self.begun = False
+        self.identity: Optional[dict[str, Any]] = None  # of the run, see `load`
         self.made: list[Path] = []  # by this start
         self.state: Optional[dict[str, Any]] = None  # the checkpoint to go on from
         self.broken: list[tuple[Path, str]] = []  # newer ones, and what is wrong with each
@@ -237,6 +238,7 @@ class RunDirectory:
         where none is good or the run is another by its `identity`, and `RunError` where the system
         does not let one be read.
         """
+        self.identity = identity
         found = self.checkpoints()[::-1]
         for path in found:
             try:

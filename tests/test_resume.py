@@ -22,6 +22,7 @@ import torch
 
 import cal_ql
 from helpers import (
+    QUICKSTART,
     RUN,
     SMALL,
     at_call,
@@ -489,6 +490,16 @@ def test_a_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(folder: Pat
     assert str(newest(Path())) in line and newest(Path()).name == "checkpoint_100.pt"
     assert call(*options).returncode == 0
     assert newest(folder).name == "checkpoint_140.pt"
+
+
+def test_data_that_is_away_while_a_run_saves_is_still_its_own(folder: Path) -> None:
+    data = Path("data.hdf5")
+    data.symlink_to(QUICKSTART)
+    options = [*SHORT, "--env", "maze2d-umaze-v1", "--dataset_path", data]
+    with at_call(cal_ql.Agent, "update", 20, data.unlink):
+        stopped_at(cal_ql.Agent, "update", 35, *options)
+    data.symlink_to(QUICKSTART)
+    assert call(*options).returncode == 0
 
 
 def fail() -> None:
