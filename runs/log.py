@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import re
 import sys
 import threading
 import time
@@ -66,7 +65,8 @@ def name_per_critic(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
             named[name] = values
             continue
         for number, value in enumerate(values[:2], start=1):
-            numbered = re.sub("(?<![a-z])qf?(?=_|$)", rf"\g<0>{number}", name)
+            words = name.split("_")  # no regular expression: a compiler may have to trace this
+            numbered = "_".join(f"{w}{number}" if w in ("q", "qf") else w for w in words)
             if values.ndim > 1 or numbered == name:
                 raise ValueError(f"metric {name}: found shape {list(values.shape)}, expected []")
             named[numbered] = value
