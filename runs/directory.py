@@ -13,6 +13,8 @@ import json
 import math
 import os
 import re
+import shlex
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -35,6 +37,7 @@ from runs.errors import (
 )
 from runs.machine import provenance
 
+SCORE = "eval/d4rl_normalized_score"
 FORMAT = 2  # of checkpoints; those of other code are refused
 NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems without flock
@@ -139,6 +142,15 @@ class RunDirectory:
         for line in Path(self.metrics.name).read_bytes().split(b"\n"):
             if is_record(line):
                 yield json.loads(line)
+
+    def closing_line(self) -> str:
+        """For the end of a run: its directory, its last score, the command that draws its curves."""
+        scores = [record[SCORE] for record in self.records() if SCORE in record]
+        score = f", last score {scores[-1]:.1f}" if scores else ""
+        report = Path(__file__).resolve().parents[1] / "tools" / "report.py"
+        picture = self.path / "curves.png"
+        command = [from_here(sys.executable), from_here(report), self.path, "--output", picture]
+        return f"{self.path}: finished{score}; to draw its curves: {shlex.join(map(str, command))}"
 
     def cut_records(self) -> None:
         """Drop the records after the loaded checkpoint: they are made again.
@@ -276,6 +288,12 @@ class RunDirectory:
                 aside = aside.with_name(f"{aside.name}_")
             path.rename(aside)
             print(f"{problem}: {path.name} is set aside, the run goes on from the one before")
+
+
+def from_here(path: Any) -> str:
+    """The path relative to the working directory, if it lies in there."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.pardir) else relative
 
 
 def write_whole(path: Path, content: Any) -> None:

@@ -6,7 +6,10 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import socket
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import file_size_limit
+from helpers import ROOT, RUN, file_size_limit
 from runs import directory as module
 from runs.directory import Maybe, RunDirectory, check_form, load_checkpoint
 from runs.errors import DirectoryInUse, InputError, RunError
@@ -445,3 +448,26 @@ def test_another_run_in_a_renamed_directory_is_named(trained: Path) -> None:
     with pytest.raises(InputError) as error:
         RunDirectory(trained, resume=True).load(CPU, identity={"seed": 2, "data": ["x", 3], "b": 1})
     assert str(error.value).endswith("another run, with discount 0.9, seed 1, b (its default)")
+
+
+def test_the_line_at_the_end_names_the_score_and_a_command_that_runs(folder: Path) -> None:
+    directory = begun(Path("my run"))
+    record(directory, 0)
+    assert directory.closing_line().startswith("my run: finished; to draw its curves: ")
+    config = dict(zip(RUN[::2], RUN[1::2]))
+    lines = [f"{name.strip('-')}: {value}\n" for name, value in config.items()]
+    (directory.path / "config.yaml").write_text("".join([*lines, "seed: 0\nname: x\n"]))
+    for step, score in ((60, 10.0), (380, 51.26)):
+        record(directory, step, **{module.SCORE: score, "eval/success_rate": 0.5})
+    start, _, command = directory.closing_line().partition("; to draw its curves: ")
+    assert start == "my run: finished, last score 51.3"
+    assert shlex.split(command)[0] == sys.executable
+    subprocess.run(command, shell=True, check=True)
+    assert (directory.path / "curves.png").stat().st_size > 10_000
+    close(directory)
+
+
+def test_a_path_is_short_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert module.from_here(ROOT / "tools" / "report.py") == "tools/report.py"
+    assert module.from_here(ROOT.parent / "x") == str(ROOT.parent / "x")
