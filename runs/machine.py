@@ -20,9 +20,9 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def control_group_folders(controller: str, root: Path, own: Path) -> Iterator[Path]:
-    """Of this process's control group and those around it, by version 2 and version 1.
+    """The folders of this process's control group and of those around it, of versions 2 and 1.
 
-    In a container the path may be one of the host's: what is not there is passed over.
+    In a container a path may be the host's, and not exist.
     """
     with contextlib.suppress(OSError, ValueError):  # there are no groups
         for line in own.read_text().splitlines():
@@ -38,7 +38,7 @@ def control_group_folders(controller: str, root: Path, own: Path) -> Iterator[Pa
 
 
 def numbers_in(path: Path) -> list[float]:
-    """What a control group's file says; [] where there is none, "max" and -1 are infinite."""
+    """The numbers in a control group's file; [] without one. "max" and -1 are infinite."""
     try:
         words = path.read_text().split()
         return [math.inf if word in ("max", "-1") else float(word) for word in words]
@@ -47,7 +47,7 @@ def numbers_in(path: Path) -> list[float]:
 
 
 def core_limit(root: Path = CONTROL_GROUPS, own: Path = Path("/proc/self/cgroup")) -> float:
-    """The least of the quotas of the control groups that this process is in, in cores."""
+    """The smallest quota of the control groups that this process is in, in cores."""
     limits = [math.inf]
     for folder in control_group_folders("cpu", root, own):
         quota = numbers_in(folder / "cpu.cfs_quota_us")
@@ -61,7 +61,7 @@ def core_limit(root: Path = CONTROL_GROUPS, own: Path = Path("/proc/self/cgroup"
 
 
 def memory_limit(root: Path = CONTROL_GROUPS, own: Path = Path("/proc/self/cgroup")) -> float:
-    """The least of the limits of the control groups that this process is in, in bytes."""
+    """The smallest limit of the control groups that this process is in, in bytes."""
     limits = [math.inf]
     for folder in control_group_folders("memory", root, own):
         for name in ("memory.max", "memory.limit_in_bytes"):
@@ -70,7 +70,7 @@ def memory_limit(root: Path = CONTROL_GROUPS, own: Path = Path("/proc/self/cgrou
 
 
 def available_cores() -> int:
-    """Those that this process may use, by its affinity and its control groups' quotas."""
+    """The cores that this process may use, by its affinity and its control groups' quotas."""
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), core_limit())))
 
 
@@ -92,7 +92,7 @@ def resolve_device(name: str, precision: Optional[str]) -> torch.device:
 
 
 def check_memory(needed: float, device: torch.device, sizes: dict[str, int]) -> None:
-    """Raise `InputError` where the device has less than the bytes `needed` for options `sizes`."""
+    """Raise `InputError` if the device has fewer bytes than the options in `sizes` need."""
     left = available_memory(device)
     found = ", ".join(f"{name} {value}" for name, value in sizes.items())
     if needed > left:
@@ -111,14 +111,14 @@ def available_memory(device: torch.device) -> float:
 
 
 def flush_denormals() -> None:
-    """Have the CPU take numbers below 1e-38 for 0: it is many times slower with them."""
+    """Have the CPU treat numbers below 1e-38 as 0: it is many times slower with them."""
     for kind in (np.float32, np.float64):
         np.finfo(kind)  # numpy measures the smallest number once; afterwards it would warn
     torch.set_flush_denormal(True)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse what an update frees; to get it anew costs a tenth of a CPU's time."""
+    """Have glibc reuse the memory that an update frees; new memory costs a tenth of CPU time."""
     with contextlib.suppress(OSError, AttributeError):  # another libc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
@@ -126,7 +126,7 @@ def keep_freed_memory() -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """By what code and where a run is made: what decides the last bits of its numbers."""
+    """The code and the machine of a run, which decide the last bits of its numbers."""
     git = ["git", "-C", str(Path(__file__).resolve().parents[1]), "describe", "--always", "--dirty"]
     commit, processor = "unknown", "unknown"
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -155,7 +155,7 @@ def set_random_states(states: list[torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def kept_random_states() -> Iterator[None]:
-    """What is drawn within does not change what is drawn afterwards."""
+    """Random numbers drawn within do not change those drawn afterwards."""
     states = random_states()
     try:
         yield
