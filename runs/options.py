@@ -87,9 +87,9 @@ def may_change(default: Any, values: str = "") -> Any:
 def identify(config: Any, dataset: Optional[str], task: str) -> dict[str, Any]:
     """What makes two commands the same run: the options that may not change within a run.
 
-    Only those that differ from the defaults count, so that new options leave old runs their names.
-    `dataset_path` counts by the dataset's name and bytes, wherever it lies; of a root folder with
-    datasets by task (those have a "/"), only the task's own counts.
+    Only values other than the defaults count, so a new option does not rename old runs.
+    `dataset_path` counts by the dataset's name and size, not its folder. For a root folder with a
+    dataset per task (whose id has a "/"), only the task's own dataset counts.
     """
     options = {}
     for field in dataclasses.fields(config):
@@ -114,7 +114,7 @@ def name_run(prefix: str, identity: dict[str, Any]) -> str:
 
 
 def resolve(text: str) -> Optional[str]:
-    """None for what an unquoted text calls null; every other text is what was written."""
+    """None if an unquoted text means null; otherwise the text as it was written."""
     return None if text in NULLS else text
 
 
@@ -233,7 +233,7 @@ def read_config_file(path: str) -> dict[str, Optional[str]]:
             raise ValueError("it holds no options" if root else "it is empty")
         for key, node in root.value:
             name = str(key.value)
-            if name in options:  # YAML itself takes the last in silence
+            if name in options:  # YAML would silently take the last
                 raise ValueError(f"{name} is given twice")
             options[name] = text_of(name, node)
         return options
