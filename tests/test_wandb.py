@@ -169,7 +169,7 @@ def test_a_wandb_other_than_the_pinned_one_is_named_and_stops_nothing(
     run = Wandb(None, project="CORL")
     run.send({"step": 1})
     (line,) = capsys.readouterr().out.splitlines()
-    assert run.run is None and line.startswith("W&B fails, metrics.jsonl") and "'prompt'" in line
+    assert run.run is None and line.startswith("W&B fails; metrics.jsonl") and "'prompt'" in line
 
 
 def test_wandbs_folder_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
