@@ -1,6 +1,6 @@
 """The README's first picture: learning curves of three studies, from their CSV files here.
 
-    python results/overview.py results/overview.png
+python results/overview.py results/overview.png
 """
 
 import sys
@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.report import Run, read_csv
 
 PANELS = {  # study -> title; minutes per run by results/README.md
@@ -19,6 +18,7 @@ PANELS = {  # study -> title; minutes per run by results/README.md
     "maze2d-medium": "point mass, medium maze: 3 min a run",
     "antmaze": "ant, small maze: 17 to 23 min a run",
 }
+HERE = Path(__file__).resolve().parent
 COLOURS = {"Cal-QL": "#0072B2", "CQL": "#D55E00"}
 
 

@@ -119,7 +119,7 @@ def test_a_start_that_finds_no_good_checkpoint_takes_nothing(trained: Path) -> N
     for path in trained.glob("*.pt"):
         path.write_bytes(b"")
     before = files(trained)
-    with pytest.raises(InputError, match="^checkpoints_path: no checkpoint is good: "):
+    with pytest.raises(InputError, match="^checkpoints_path: there is no valid checkpoint: "):
         started_and_failed(trained)
     assert files(trained) == before
 
@@ -418,7 +418,7 @@ def test_a_form_names_the_place_what_is_there_and_what_should_be(
     check_form(GOOD, NESTED, Path("x.pt"))
     with pytest.raises(InputError) as error:
         check_form(GOOD | change, NESTED, Path("x.pt"), "load_model")
-    assert str(error.value).startswith("load_model: x.pt is not a checkpoint of such a run (")
+    assert str(error.value).startswith("load_model: x.pt does not fit this run (")
     assert problem in str(error.value)
 
 

@@ -125,7 +125,7 @@ def test_a_user_without_a_home_gets_one(tmp_path: Path) -> None:
     assert result.stdout == f"{place} {place}/x\n"
     first, second = result.stderr.splitlines()
     assert first == f"this user has no home directory; HOME is {place}"
-    assert second.startswith("program: error: folder: found '~/x', but ~ is no known home")
+    assert second.startswith("program: error: folder: found '~/x', but ~ is not a known home")
     assert place.stat().st_mode & 0o777 == 0o700
 
 

@@ -102,7 +102,7 @@ def test_failures_of_workers_end_an_evaluation_in_one_line(actor):
 
 def test_a_task_that_a_worker_cannot_make_is_named_as_it_is(actor, capfd):
     workers = Workers(2, 2, None, functools.partial(tasks.make, "maze2d-umase-v1"))
-    with pytest.raises(RunError, match="cannot begin: env: D4RL has no task 'maze2d-umase-v1'"):
+    with pytest.raises(RunError, match="cannot start: env: D4RL has no task 'maze2d-umase-v1'"):
         workers.map(played_by(actor), [0, 1])
     workers.close()
     assert "Traceback" not in capfd.readouterr().err
