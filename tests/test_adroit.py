@@ -221,7 +221,7 @@ def test_bad_input_is_named_in_one_line(tmp_path):
     with pytest.raises(InputError, match="without pen_bc_sparse4.npy, expected"):
         task.data_file(str(tmp_path))
     dense = write_hdf5(tmp_path / "dense.hdf5", [-0.3, 20.0, 0.0])
-    with pytest.raises(InputError, match="rewards from -0.3 to 20, expected -1 and 0 alone"):
+    with pytest.raises(InputError, match="rewards from -0.3 to 20, expected only -1 and 0"):
         task.rows(dense)
     (tmp_path / "pen_bc_sparse4.npy").write_bytes(pickle.dumps([{"rewards": [0.0]}]))
     options = ["--env", task.name, "--dataset_path", tmp_path, "--device", "cpu"]

@@ -505,7 +505,7 @@ BAD_FILES = {  # columns instead of the good file's; None leaves one out
     "observations holds NaN": with_entry("observations", math.nan),
     "actions holds NaN": with_entry("actions", math.nan),
     "rewards holds NaN, infinite": with_entry("rewards", math.inf),
-    "rewards holds NaN, infinite values or such as float32 cannot": with_entry("rewards", 1e39),
+    "rewards holds NaN, infinite values or values too large for": with_entry("rewards", 1e39),
     "next_observations holds NaN": with_entry("next_observations", math.nan),
     "actions reach 1.25, expected [-1, 1]": with_entry("actions", 1.25),
     "actions reach 1.0001, expected [-1, 1]": with_entry("actions", 1.0001),
