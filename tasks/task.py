@@ -182,9 +182,9 @@ def find_jumps(rows: dict[str, np.ndarray], task: Task) -> np.ndarray:
     """Which rows lead into another episode although no flag says so, [N] bool; only in mazes.
 
     D4RL's AntMaze v0 sets its time-limit flags a few rows late, so the rows between limit and flag
-    lead from one episode into the next, through walls. A jump is a move of x and y by more than half
-    a cell and more than ten times the median move. Measured steps are far shorter: at most 0.35 for
-    D4RL's walking ant, whose cells are 4 wide, and 0.074 for its point, whose cells are 1 wide.
+    lead from one episode into the next, through walls. A jump moves x and y by more than half a
+    cell and by more than ten times the median move. Measured steps are far shorter: at most 0.35
+    for D4RL's walking ant, whose cells are 4 wide, and 0.074 for its point, whose cells are 1 wide.
     """
     if task.cell_size is None:
         return np.zeros(len(rows["rewards"]), bool)
