@@ -4,8 +4,7 @@
     python tools/report.py curves.csv --output curves.png
 
 Prints the tables as Markdown. A path is a run directory, or a file that --csv wrote (edit its
-column `method` to rename methods). A path that cannot be read is left out, with a line that says
-why.
+column `method` to rename methods). A path that cannot be read is left out; one line says why.
 
 Runs on one task with equal options are seeds of one method. Options that may change between two
 starts of a run (device, logging, evaluation, number of steps) are ignored. A method is called
@@ -13,15 +12,15 @@ Cal-QL, or CQL (`calibrate: false`), or by the option `name` if that was given. 
 option whose value is not that of most methods on the task. On a tie the default is the usual value;
 if the default is not among the tied values, every method shows its own.
 
-Below a task's scores, pictures have the values that the regularizer moves: the critics' mean value
-of the data's actions and of the policy's (in Cal-QL no lower than the bound, as the loss has them),
-the bound, which is the mean return-to-go, and the share of the policy's actions valued below it.
-Each point is a mean over the updates since the last evaluation. Files of --csv that are older than
-these columns give scores alone.
+Below a task's scores, pictures show the values that the regularizer moves: the critics' mean value
+of the data's actions and of the policy's (in Cal-QL no lower than the bound, as in the loss), the
+bound, which is the mean return-to-go, and the share of the policy's actions valued below it. Each
+point is a mean over the updates since the last evaluation. Older files of --csv lack these columns
+and only give scores.
 
-results/published.csv has scores that others published. Where the task and the method are a run's,
-they are a row of the table and marks at the switch and at the end, whatever the number of steps;
---published none leaves them out. CORL's "Cal-QL" trains online by plain CQL.
+results/published.csv has scores that others published. If a run has the same task and method, they
+are a row of the table and marks at the switch and at the end, for any number of steps; --published
+none leaves them out. CORL's "Cal-QL" trains online by plain CQL.
 """
 
 import argparse
@@ -248,7 +247,7 @@ def read_all(paths: list[Path]) -> tuple[list[Run], list[str]]:
     for path in paths:
         try:
             runs += read_csv(path) if path.suffix == ".csv" else read_run(path)
-        except Exception as error:  # files that are not ours can raise anything
+        except Exception as error:  # foreign files can raise any exception
             found = " ".join(f"{type(error).__name__}: {error}".split())
             problems.append(f"{path}: expected a run or a file of --csv, found {found}")
     return runs, problems
