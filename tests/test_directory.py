@@ -237,7 +237,7 @@ def test_a_line_that_does_not_belong_moves_no_record(
     assert resumed(trained) == whole
     assert (trained / "metrics.jsonl.foreign").read_bytes().splitlines() == FOREIGN
     (line,) = capsys.readouterr().out.splitlines()
-    assert f"{len(FOREIGN)} lines are no records" in line and "metrics.jsonl.foreign" in line
+    assert f"{len(FOREIGN)} lines are not records" in line and "metrics.jsonl.foreign" in line
     assert resumed(trained) == whole and not capsys.readouterr().out
 
 

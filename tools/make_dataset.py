@@ -1,11 +1,12 @@
-"""Make a dataset for a task of D4RL's, Minari's or OGBench's, by their published recipes.
+"""Make a dataset for a task of D4RL, Minari or OGBench, by their published recipes.
 
     python tools/make_dataset.py antmaze-umaze-v2 --transitions 200000 --seed 0
     python tools/make_dataset.py cube-single-play-singletask-v0 --transitions 200000 --seed 0
     python tools/make_dataset.py door-binary-v0 --demonstrations door-v0_demos.pickle
 
-Row i depends on the task, the seed, the demonstrations if any, and i alone, apart from the last
-row's end: a short file is the beginning of a longer one, and the number of workers does not matter.
+Row i only depends on the task, the seed, the demonstrations (if any) and i, except that the last
+row ends an episode. So a short file is the beginning of a longer one, and the number of workers
+does not matter.
 
 recipes/description.txt, and for locomotion recipes/locomotion.txt, describe the layouts and the
 recipes. The recipes themselves are in recipes/, a file per family of tasks.
@@ -47,9 +48,9 @@ class Interrupted(RunError):
 
 
 def collect(made: Iterator[Rows], transitions: int, show_total: bool) -> tuple[Rows, int]:
-    """The first `transitions` rows of those rollouts, and how many rollouts had none.
+    """The first `transitions` rows of the rollouts, and how many rollouts had none.
 
-    Raises `Interrupted` after a signal, and `RunError` where no rollout has rows.
+    Raises `Interrupted` after a signal, and `RunError` if no rollout has rows.
     """
     parts = []
     missing = transitions
@@ -73,8 +74,8 @@ def collect(made: Iterator[Rows], transitions: int, show_total: bool) -> tuple[R
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, left_out
 
 
-def part_of(target: Path) -> Path:
-    """Where the dataset is written before it is whole."""
+def part_path(target: Path) -> Path:
+    """Where the dataset is written until it is complete."""
     return target.with_name(f".{target.name}.{os.getpid()}.part")
 
 
@@ -87,16 +88,16 @@ def write_dataset(
     demonstrations: list[dict[str, Any]] | None = None,
     source: str = "",
 ) -> int:
-    """Write a dataset of `task` to `target`, all at once when it is whole.
+    """Write a dataset of `task`; `target` only appears once it is complete.
 
-    `source` is the end of the command line that is noted in the file. Returns how many rollouts
-    were left out. Raises OSError where it cannot write, and what `collect` raises.
+    `source` is the end of the command line that the file stores. Returns how many rollouts were
+    left out. Raises OSError if it cannot write, and what `collect` raises.
     """
     recipe = recipe_of(task)
     made = rollouts(task, seed, workers, demonstrations)
     rows, left_out = collect(made, transitions, show_total=demonstrations is None)
     command = f"tools/make_dataset.py {task} --transitions {transitions} --seed {seed}{source}"
-    part = part_of(target)
+    part = part_path(target)
     try:
         recipe.write(part, rows, recipe.metadata(task, seed, command))
         part.replace(target)
@@ -106,7 +107,7 @@ def write_dataset(
 
 
 def summary(target: Path, name: str) -> str:
-    """What the training script finds in the finished file, and the command line to train on it."""
+    """The content of the finished file as the training script reads it, and a command to train."""
     recipe = recipe_of(name)
     is_folder = recipe.layout == "minari"
     data = target.parents[name.count("/")] if is_folder else target  # Minari's root folder
@@ -168,7 +169,7 @@ def default_output(args: argparse.Namespace, layout: str) -> Path:
 
 
 def target_of(args: argparse.Namespace) -> Path:
-    """Where the dataset is to be; sets `args.output` to its default. Raises `InputError`."""
+    """The path of the dataset; sets `args.output` to its default. Raises `InputError`."""
     layout = recipe_of(args.task).layout
     if args.output is None:
         args.output = default_output(args, layout)
@@ -180,7 +181,7 @@ def target_of(args: argparse.Namespace) -> Path:
         raise InputError(f"cannot write to {parent}")
     try:
         exists = target.exists()
-        part_of(target).exists()  # its longer name must be possible too
+        part_path(target).exists()  # its longer name must be possible too
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}") from None
     if exists:

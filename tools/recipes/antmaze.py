@@ -120,5 +120,5 @@ class AntMaze(Recipe):
     def _waypoint(self, cell: Cell, target: np.ndarray) -> np.ndarray:
         """Where to walk next from `cell`: the target, or the centre of a cell on the way."""
         end = self.cell_of(target)
-        following = self.next_cell[cell, end]
-        return target if following == end else self.centres[following]
+        next_cell = self.next_cell[cell, end]
+        return target if next_cell == end else self.centres[next_cell]

@@ -48,8 +48,8 @@ def rollouts(
 ) -> Iterator[Rows]:
     """Yield the rollouts 0, 1, 2, ... of `task` from `workers` processes.
 
-    They never end, unless they are made from `demonstrations`. Raises `InputError` where the task
-    cannot be made here, and `RunError` where a worker dies.
+    They never end, unless they are made from `demonstrations`. Raises `InputError` if the task
+    cannot be made here, and `RunError` if a worker dies.
     """
     for library in ("OMP", "OPENBLAS", "MKL"):  # the workers' matrices are too small for threads
         os.environ[f"{library}_NUM_THREADS"] = "1"
