@@ -239,7 +239,7 @@ class RunDirectory:
         torch.save({**state, "format": FORMAT, "sizes": sizes}, image)
         write_whole(self.path / f"checkpoint_{state['step']}.pt", image.getbuffer())
         for old in self.checkpoints()[:-2]:
-            if step_of(old) not in keep:
+            if checkpoint_step(old) not in keep:
                 old.unlink()
 
     def load(
@@ -351,7 +351,7 @@ def saved_on_failure(directory: Optional[RunDirectory], save: Callable[[], None]
         raise RunError(f"{describe(error)}; {last}") from error
 
 
-def step_of(checkpoint: Path) -> Optional[int]:
+def checkpoint_step(checkpoint: Path) -> Optional[int]:
     """The step in a checkpoint's name; None if it is not named like a checkpoint."""
     match = re.fullmatch(r"checkpoint_(\d+)\.pt", checkpoint.name)
     return int(match[1]) if match else None
@@ -359,7 +359,7 @@ def step_of(checkpoint: Path) -> Optional[int]:
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """The checkpoints from oldest to newest; files that a user has renamed do not count."""
-    found = {path: step_of(path) for path in directory.iterdir()}
+    found = {path: checkpoint_step(path) for path in directory.iterdir()}
     return sorted((path for path in found if found[path] is not None), key=found.get)
 
 
@@ -548,25 +548,25 @@ def compare(value: Any, form: Any, place: list[str]) -> None:
         compare_keys(value, form, place)
     elif isinstance(form, list):
         if not isinstance(value, (list, tuple)) or len(value) != len(form):
-            raise FormError(place, kind_of(value), f"a list of {len(form)}")
+            raise FormError(place, describe_value(value), f"a list of {len(form)}")
         for number, (part, part_form) in enumerate(zip(value, form)):
             compare(part, part_form, [*place, str(number)])
     elif torch.is_tensor(form):
         is_alike = torch.is_tensor(value) and value.dtype == form.dtype
         if not is_alike or value.shape != form.shape:
-            raise FormError(place, kind_of(value), kind_of(form))
+            raise FormError(place, describe_value(value), describe_value(form))
         if value.is_floating_point() and not value.isfinite().all():
             raise FormError(place, "NaN or infinite numbers", "finite ones")
     elif isinstance(form, type):
         if not isinstance(value, form) or (isinstance(value, bool) and form is not bool):
-            raise FormError(place, kind_of(value), form.__name__)
+            raise FormError(place, describe_value(value), form.__name__)
     elif not form(value):
-        raise FormError(place, kind_of(value), form.__doc__ or form.__name__)
+        raise FormError(place, describe_value(value), form.__doc__ or form.__name__)
 
 
 def compare_keys(value: Any, form: dict[Any, Any], place: list[str]) -> None:
     if not isinstance(value, dict):
-        raise FormError(place, kind_of(value), "a dict")
+        raise FormError(place, describe_value(value), "a dict")
     if unknown := value.keys() - form.keys():
         raise FormError(place, f"keys {shortened(str(sorted(map(str, unknown))))}", "none of these")
     for key, part in form.items():
@@ -574,10 +574,10 @@ def compare_keys(value: Any, form: dict[Any, Any], place: list[str]) -> None:
         if key in value:
             compare(value[key], part.form if is_optional else part, [*place, str(key)])
         elif not is_optional:
-            raise FormError([*place, str(key)], "nothing", kind_of(part))
+            raise FormError([*place, str(key)], "nothing", describe_value(part))
 
 
-def kind_of(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A short description of a value, for an error."""
     if torch.is_tensor(value):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"

@@ -59,7 +59,7 @@ def test_log_std_stays_within_its_bounds(offset, bound):
     assert torch.all(actor(torch.randn(B, S)).log_std == bound)
 
 
-def layers_of(network: Actor | Critic) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def get_layers(network: Actor | Critic) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(weight [outputs, inputs], bias) of every layer, both twins' for a critic."""
     if isinstance(network, Actor):
         return [(layer.weight, layer.bias) for layer in network.layers]
@@ -71,7 +71,7 @@ def layers_of(network: Actor | Critic) -> list[tuple[torch.Tensor, torch.Tensor]
 def test_orthogonal_initialisation(kind):
     """Gain sqrt 2 in hidden layers, 0.01 in the last, and no biases."""
     config = Config(hidden_dim=32, q_n_hidden_layers=3, actor_n_hidden_layers=3)
-    layers = layers_of(kind(S, A, config))
+    layers = get_layers(kind(S, A, config))
     assert len(layers) == (4 if kind is Actor else 8)
     for number, (weight, bias) in enumerate(layers):
         gain = 0.01 if number % 4 == 3 else math.sqrt(2)

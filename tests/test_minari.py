@@ -170,9 +170,9 @@ def make(root: Path) -> Callable[[str], tasks.minari.Minari]:
     return cache(lambda name: tasks.make(name, str(root)))
 
 
-def row_of(values: Any, row: int) -> Any:
+def take_row(values: Any, row: int) -> Any:
     if isinstance(values, dict):
-        return {key: row_of(part, row) for key, part in values.items()}
+        return {key: take_row(part, row) for key, part in values.items()}
     return values[row]
 
 
@@ -196,7 +196,9 @@ def test_every_step_is_a_transition_as_minari_reads_it(name, root, make):
             assert number == 0 or (goals[0] != goals[1]).all()
             goals[0] = goals[1]
         flat = [
-            gymnasium.spaces.flatten(recorded.observation_space, row_of(episode.observations, step))
+            gymnasium.spaces.flatten(
+                recorded.observation_space, take_row(episode.observations, step)
+            )
             for step in range(len(episode.rewards) + 1)
         ]
         part, row = slice(row, row + len(episode.rewards)), row + len(episode.rewards)

@@ -22,7 +22,7 @@ OTHERS_OPTIONS = set("--user --seed --python --array --no-deps --requeue".split(
 OUR_FOLDERS = "configs", "docs", "examples", "results", "runs", "tasks", "tests", "tools"
 
 
-def name_of(path: Path) -> str:
+def page_name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
@@ -36,20 +36,20 @@ PATH=/nowhere
 """
 
 
-def commands_of(page: Path) -> list[tuple[str, ...]]:
+def read_commands(page: Path) -> list[tuple[str, ...]]:
     """The words of each command in the page's bash blocks, once each."""
     found = {}
     for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         block = block.replace(".venv/bin/", "").replace("source activate", ":")
         command = ["bash", "-c", RECORD + block]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert not done.stderr, f"{name_of(page)}: {done.stderr}"
+        assert not done.stderr, f"{page_name(page)}: {done.stderr}"
         for part in done.stdout.split("<end>\0")[:-1]:
             found[tuple(part.split("\0")[:-1])] = None
     return list(found)
 
 
-CASES = [(page, command) for page in PAGES for command in commands_of(page)]
+CASES = [(page, command) for page in PAGES for command in read_commands(page)]
 
 
 def made_data() -> tuple[str, ...]:
@@ -150,7 +150,7 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", text):
@@ -173,7 +173,7 @@ def known_options() -> set[str]:
     return found | {"--config_path", "--kills"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_options_and_files_in_the_text_exist(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     options = known_options()
@@ -205,19 +205,19 @@ def test_pages_are_short_and_each_is_linked() -> None:
 def test_the_tables_of_several_studies_are_those_of_the_curves() -> None:
     """The last two columns of README's are the two halves of a column of tools/report.py's."""
 
-    def rows_of(text: str) -> list[list[str]]:
+    def table_rows(text: str) -> list[list[str]]:
         return [line.strip("| ").split(" | ") for line in text.splitlines() if line[:2] == "| "]
 
     studies = [ROOT / f"results/{name}.csv" for name in STUDIES]
     output = call_tool(report, *studies, "--published", "none").stdout
-    printed = rows_of(output)
+    printed = table_rows(output)
     expected = []
     for row in printed:
         if len(row) == 9 and row[1] in ("Cal-QL", "CQL") and not row[0].startswith("all"):
             expected.append([*row[:4], *row[5].split(" → ")])
     readme = (ROOT / "README.md").read_text()
     table = readme.partition("score at the end |")[2].partition("\n\n")[0]
-    assert rows_of(table)[1:] == expected
+    assert table_rows(table)[1:] == expected
     totals = [line for line in output.partition("\n\n")[0].splitlines() if "| all 5" in line]
     assert len(totals) == 2
     assert "\n".join(totals) in (ROOT / "results/README.md").read_text()

@@ -56,7 +56,7 @@ def wait_for(holds: Callable[[], Any], what: str) -> Any:
     return found
 
 
-def processes_of(agent: subprocess.Popen) -> list[int]:
+def run_processes(agent: subprocess.Popen) -> list[int]:
     """Those of the run that it has started."""
     try:
         children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
@@ -91,17 +91,17 @@ def test_runs_of_a_sweep_survive_their_agent_and_agents_their_runs(
         wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint_*.pt")), "a checkpoint")
         wait_for(lambda: bad.state == "failed", "the error of the other run")
         assert "cal_ql.py: error: checkpoints_path: found ''" in log()
-        killed, other = sorted(agents, key=lambda agent: not processes_of(agent))
+        killed, other = sorted(agents, key=lambda agent: not run_processes(agent))
         assert good.agents != bad.agents and other.poll() is None
 
         # one agent is killed and its run lives on: another start of it is refused
-        (orphan,) = processes_of(killed)
+        (orphan,) = run_processes(killed)
         killed.kill()
         killed.wait()
         os.kill(orphan, signal.SIGSTOP)  # so that it takes nobody's time
         good.state = "pending"
         wait_for(lambda: good.state == "failed", "the refusal of the second start")
-        assert "another process runs in" in log() and processes_of(other) == []
+        assert "another process runs in" in log() and run_processes(other) == []
 
         # it ends, and the next start continues it, until the server stops that early
         os.kill(orphan, signal.SIGCONT)
@@ -118,7 +118,7 @@ def test_runs_of_a_sweep_survive_their_agent_and_agents_their_runs(
         server.closing = True
         assert other.wait(60) == 0
     finally:
-        for pid in [orphan, *(pid for agent in agents for pid in processes_of(agent))]:
+        for pid in [orphan, *(pid for agent in agents for pid in run_processes(agent))]:
             if pid and Path(f"/proc/{pid}").exists():
                 os.kill(pid, signal.SIGKILL)
         for agent in agents:

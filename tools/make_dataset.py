@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tasks
 from runs.errors import InputError, RunError, run_program
 from tools.command_line import Parser
-from tools.recipes import RECIPES, recipe_of
+from tools.recipes import RECIPES, find_recipe
 from tools.recipes.common import Rows
 from tools.recipes.workers import rollouts
 
@@ -93,7 +93,7 @@ def write_dataset(
     `source` is the end of the command line that the file stores. Returns how many rollouts were
     left out. Raises OSError if it cannot write, and what `collect` raises.
     """
-    recipe = recipe_of(task)
+    recipe = find_recipe(task)
     made = rollouts(task, seed, workers, demonstrations)
     rows, left_out = collect(made, transitions, show_total=demonstrations is None)
     command = f"tools/make_dataset.py {task} --transitions {transitions} --seed {seed}{source}"
@@ -108,7 +108,7 @@ def write_dataset(
 
 def summary(target: Path, name: str) -> str:
     """The content of the finished file as the training script reads it, and a command to train."""
-    recipe = recipe_of(name)
+    recipe = find_recipe(name)
     is_folder = recipe.layout == "minari"
     data = target.parents[name.count("/")] if is_folder else target  # Minari's root folder
     task = tasks.make(name, str(data))
@@ -145,7 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--demonstrations", type=Path, metavar="PATH", help="hand_dapg's door-v0_demos.pickle")
     option("--workers", type=int, default=os.cpu_count() or 1, help="default: one per core")
     args = parser.parse_args()
-    if recipe_of(args.task) is None:
+    if find_recipe(args.task) is None:
         raise InputError(f"no recipe for {args.task!r}; there is one for {', '.join(RECIPES)}")
     for name, least, most in (
         ("transitions", 1, 2**40),
@@ -168,9 +168,9 @@ def default_output(args: argparse.Namespace, layout: str) -> Path:
     return Path(os.path.relpath(DATASETS / name))
 
 
-def target_of(args: argparse.Namespace) -> Path:
+def target_path(args: argparse.Namespace) -> Path:
     """The path of the dataset; sets `args.output` to its default. Raises `InputError`."""
-    layout = recipe_of(args.task).layout
+    layout = find_recipe(args.task).layout
     if args.output is None:
         args.output = default_output(args, layout)
     target = args.output / args.task if layout == "minari" else args.output
@@ -189,9 +189,9 @@ def target_of(args: argparse.Namespace) -> Path:
     return target
 
 
-def demonstrations_of(args: argparse.Namespace) -> list[dict[str, Any]] | None:
+def load_demonstrations(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     """The episodes in --demonstrations, for the tasks that need them; raises `InputError`."""
-    needs_them = recipe_of(args.task).needs_demonstrations
+    needs_them = find_recipe(args.task).needs_demonstrations
     if needs_them != bool(args.demonstrations):
         needed = "needs" if needs_them else "takes no"
         raise InputError(f"{args.task} {needed} --demonstrations; see --help")
@@ -207,9 +207,9 @@ def demonstrations_of(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 
 def main() -> None:
     args = parse_arguments()
-    target = target_of(args)
-    recipe_of(args.task).check()
-    demonstrations = demonstrations_of(args)
+    target = target_path(args)
+    find_recipe(args.task).check()
+    demonstrations = load_demonstrations(args)
     source = f" --demonstrations {args.demonstrations.name}" if demonstrations else ""
     for number in (signal.SIGINT, signal.SIGTERM):  # an exception could be lost in a destructor
         signal.signal(number, lambda *_: _stopped.set())

@@ -32,7 +32,7 @@ RECIPES["door-human-v1"] = "door:Door"
 RECIPES["door-binary-v0"] = "door:BinaryDoor"
 
 
-def recipe_of(task: str) -> type[Recipe] | None:
+def find_recipe(task: str) -> type[Recipe] | None:
     """The class that makes data for `task`, if there is one."""
     shared = re.sub("-task[1-5]-", "-", task)  # OGBench's five tasks of an environment share data
     if shared not in RECIPES:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from runs.errors import RunError
-from tools.recipes import recipe_of
+from tools.recipes import find_recipe
 from tools.recipes.common import Recipe, Rows
 
 _arguments: tuple[Any, ...]  # of the recipe, in each worker process
@@ -31,7 +31,7 @@ def _start_worker(*arguments: Any) -> None:
 @functools.cache
 def _recipe() -> Recipe:
     """The process's one recipe; made in the first rollout, so that errors reach the parent."""
-    return recipe_of(_arguments[0])(*_arguments)
+    return find_recipe(_arguments[0])(*_arguments)
 
 
 def _end_with_parent() -> None:
