@@ -178,7 +178,7 @@ def compiles(wanted: Optional[bool], device: torch.device, offline_updates: int)
 
 
 class Compiled:
-    """A function of tensors (nested in tuples) and plain values, compiled into one graph.
+    """A function of tensors (nested in tuples) and, last, of plain values, compiled into one graph.
 
     On CUDA that is a captured graph. Where compiling fails, the function is called as it is.
     """
@@ -190,7 +190,7 @@ class Compiled:
         self.compiled: Optional[Callable] = torch.compile(function, **how)
         self.ready: set[tuple] = set()  # plain values that it has been called with
 
-    def is_ready(self, *values: Any) -> bool:
+    def is_ready(self, values: tuple) -> bool:
         """Whether a call with these plain values begins without compiling."""
         return self.compiled is None or values in self.ready
 
@@ -199,7 +199,7 @@ class Compiled:
             try:
                 torch.compiler.cudagraph_mark_step_begin()
                 result = self.compiled(*args)
-                self.ready.add(tuple(x for x in args if not isinstance(x, tuple)))
+                self.ready.add(args[-1])
                 return result
             except Exception as error:  # a compiler can raise any exception
                 reason = " ".join(str(error).split()[:40])
