@@ -152,6 +152,28 @@ def test_our_files_hold_the_published_hyper_parameters(name: str) -> None:
     assert (config["device"], config["calibrate"], config["calibrate_online"]) == ("auto", 1, 1)
 
 
+ENSEMBLE = {"n_critics": 10, "n_target_critics": 2}
+ENSEMBLE |= {"critic_layer_norm": True, "actor_layer_norm": True}
+WARM_START = {"warmup_steps": 5000, "online_utd_ratio": 4, "actor_update_period": 4}
+METHODS = {
+    "cql": {"calibrate": False},
+    "wsrl": {**ENSEMBLE, **WARM_START, "cql_alpha_online": 0.0, "mixing_ratio": 0.0},
+    "rlpd": {**ENSEMBLE, **WARM_START, "cql_alpha_online": 0.0, "mixing_ratio": 0.5}
+    | {"offline_iterations": 0, "cql_alpha": 0.0},
+}
+
+
+@pytest.mark.parametrize("task", [path.stem for path in (ROOT / "configs").glob("*.yaml")])
+def test_a_methods_file_goes_over_every_tasks_config(task: str) -> None:
+    files = {path.stem: path for path in (ROOT / "configs" / "methods").glob("*.yaml")}
+    assert set(files) == set(METHODS)
+    options = "--config_path", ROOT / "configs" / f"{task}.yaml", "--config_path"
+    of_the_task = dataclasses.asdict(parse(*options[:2]))
+    for method, path in files.items():
+        assert set(yaml.safe_load(path.read_text())) == set(METHODS[method])
+        assert dataclasses.asdict(parse(*options, path)) == of_the_task | METHODS[method]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_names_a_real_task(path: Path) -> None:
     tasks.make(parse("--config_path", path).env)
