@@ -300,8 +300,8 @@ class Agent(nn.Module):
         self.config = config
         self.device = device
         self.action_dim = action_dim
-        target = config.target_entropy
-        self.target_entropy = -action_dim if target is None else target
+        entropy = config.target_entropy
+        self.target_entropy = -action_dim if entropy is None else entropy
         self.actor = Actor(observation_dim, action_dim, config)
         self.critic = Critic(observation_dim, action_dim, config)
         self.target_critic = copy.deepcopy(self.critic)
@@ -331,10 +331,7 @@ class Agent(nn.Module):
         target_critics: Tensor,  # [n_target_critics] int
         phase: Phase,
     ) -> tuple[Tensor, Scalars]:
-        """TD error + cql_alpha * (logsumexp_a max(Q(s, a), V(s)) - Q(s, a_data)), over all critics.
-
-        At a cql_alpha of 0 there is the TD error only.
-        """
+        """TD error + cql_alpha * (logsumexp_a max(Q(s, a), V(s)) - Q(s, a_data)), over all critics."""
         target_q, next_q = self.td_target(batch, next_sample, target_critics)
         actions = torch.cat([batch.actions[:, None], random_actions, sample.actions], 1)
         qs = self.critic(batch.observations, actions)  # [C, B, 1 + 3 N], in one pass
@@ -347,7 +344,7 @@ class Agent(nn.Module):
         }
         if len(qs) > 2:
             metrics["q_spread"] = data_q.std(0).mean()  # over critics
-        if phase.cql_alpha == 0:
+        if phase.cql_alpha == 0:  # the rest would only be added 0 times
             return td_error.sum(), metrics
         regularizer, info = self.regularizer(qs, batch.returns_to_go, sample.log_density, phase)
         return (td_error + regularizer).sum(), metrics | info
@@ -497,9 +494,8 @@ class Agent(nn.Module):
 
     def draw_noise(self, phase: Phase) -> Noise:
         config = self.config
-        b, n, a = config.batch_size, config.cql_n_actions, self.action_dim
+        b, n, a, c = config.batch_size, config.cql_n_actions, self.action_dim, config.n_critics
         n_cql = n if phase.cql_alpha else 0
-        n_drawn = config.n_target_critics or 0
         normal = functools.partial(torch.randn, device=self.device)
         return Noise(
             policy=normal(b, a),
@@ -507,15 +503,15 @@ class Agent(nn.Module):
             next=normal(b, n_cql, a),
             target=normal(b, n if config.cql_max_target_backup else 1, a),
             random=torch.rand(b, n_cql, a, device=self.device) * 2.0 - 1.0,
-            target_critics=torch.randint(config.n_critics, (n_drawn,), device=self.device),
+            target_critics=torch.randint(c, (config.n_target_critics or 0,), device=self.device),
         )
 
     def phase(self, online: bool) -> Phase:
         """That of the next update."""
         config = self.config
         number = self.updates - config.offline_iterations + 1  # of an online update
-        bc_weight = config.bc_weight_online if online else None
-        bc_weight = config.bc_weight if bc_weight is None else bc_weight
+        only_offline = not online or config.bc_weight_online is None
+        bc_weight = config.bc_weight if only_offline else config.bc_weight_online
         return Phase(
             cql_alpha=config.cql_alpha_online if online else config.cql_alpha,
             calibrated=config.calibrate and (config.calibrate_online or not online),
@@ -540,10 +536,9 @@ class Agent(nn.Module):
         self.optimizer.zero_grad()  # a captured graph reuses the memory of gradients
         self.updates += 1
         if self.updates % self.config.target_update_period == 0:
-            targets = list(self.target_critic.parameters())
-            critics = list(self.critic.parameters())
+            critics = self.target_critic.parameters(), self.critic.parameters()
             with torch.no_grad():
-                torch._foreach_lerp_(targets, critics, self.config.soft_target_update_rate)
+                torch._foreach_lerp_(*map(list, critics), self.config.soft_target_update_rate)
         return metrics
 
     def needs_compiling(self, online: bool) -> bool:
@@ -926,7 +921,7 @@ def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> R
     A new run starts with what `load_model` names. Raises `InputError` for wrong options and data.
     """
     device = machine.resolve_device(config.device, config.precision)
-    check_memory(config, task, device)
+    machine.check_memory(config, task.observation_dim, task.action_dim, device, NETWORKS.split())
     data = task.data_file(config.dataset_path)
     torch.manual_seed(config.seed)
     agent = Agent(task.observation_dim, task.action_dim, config, device)
@@ -1030,21 +1025,6 @@ def identity(config: Config) -> dict[str, Any]:
 def run_name(config: Config) -> str:
     """Name of the run and its directory: equal for the same run, different for another."""
     return name_run(f"{config.name}-{config.env}-seed{config.seed}", identity(config))
-
-
-def check_memory(config: Config, task: Task, device: torch.device) -> None:
-    """Raise `InputError` where not even a lower bound of what the run needs fits into memory."""
-    hidden = config.hidden_dim
-    inputs = task.observation_dim + task.action_dim
-    critics = config.n_critics * hidden * (inputs + hidden * (config.q_n_hidden_layers - 1))
-    actor = hidden * (inputs + hidden * (config.actor_n_hidden_layers - 1))
-    n_actions = config.cql_n_actions if config.cql_alpha or config.cql_alpha_online else 0
-    rows = config.batch_size * (1 + 3 * n_actions)
-    activations = config.n_critics * rows * hidden * config.q_n_hidden_layers  # for the gradient
-    stored = min(config.buffer_size, config.online_iterations) * (2 * inputs - task.action_dim + 3)
-    needed = 4 * (5 * critics + 4 * actor + activations + stored)  # gradients, Adam and targets too
-    names = f"{NETWORKS} batch_size cql_n_actions buffer_size online_iterations"
-    machine.check_memory(needed, device, {name: getattr(config, name) for name in names.split()})
 
 
 def main() -> None:
