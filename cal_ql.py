@@ -331,7 +331,7 @@ class Agent(nn.Module):
         target_critics: Tensor,  # [n_target_critics] int
         phase: Phase,
     ) -> tuple[Tensor, Scalars]:
-        """TD error + cql_alpha * (logsumexp_a max(Q(s, a), V(s)) - Q(s, a_data)), over all critics."""
+        """TD error + cql_alpha * (logsumexp_a max(Q(s, a), V(s)) - Q(s, a_data)), over critics."""
         target_q, next_q = self.td_target(batch, next_sample, target_critics)
         actions = torch.cat([batch.actions[:, None], random_actions, sample.actions], 1)
         qs = self.critic(batch.observations, actions)  # [C, B, 1 + 3 N], in one pass
