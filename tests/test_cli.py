@@ -10,6 +10,7 @@ import io
 import math
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -172,6 +173,16 @@ def test_a_methods_file_goes_over_every_tasks_config(task: str) -> None:
     for method, path in files.items():
         assert set(yaml.safe_load(path.read_text())) == set(METHODS[method])
         assert dataclasses.asdict(parse(*options, path)) == of_the_task | METHODS[method]
+
+
+def test_the_commands_that_explain_the_methods_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    pages = [Path("docs/methods.md"), *Path("configs/methods").iterdir()]
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
+    commands = re.findall(r"python cal_ql\.py (--config_path .*)", text)
+    assert len(commands) == 8
+    for command in commands:
+        parse(*shlex.split(command, comments=True))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
