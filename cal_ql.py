@@ -51,7 +51,7 @@ Gradients = dict[str, tuple[Tensor, ...]]  # by loss, of the parameters it train
 @dataclass
 class Config:
     device: str = may_change("cuda", "device")  # Where the networks live: cuda, cuda:N, cpu or auto
-    precision: Optional[str] = option(None, "precision")  # float32, tf32; null: tf32 on CUDA
+    precision: Optional[str] = option(None, "precision")  # float32, tf32, bf16; null: tf32 on CUDA
     compile: Optional[bool] = may_change(None)  # torch.compile; null: on CPUs, in runs it speeds up
     env: str = "halfcheetah-medium-expert-v2"  # Task name
     seed: int = option(0, "seed")  # Seed of networks, batches and training episodes
@@ -666,6 +666,7 @@ def episode_seed(seed: int, purpose: str, number: int) -> int:
 
 @torch.no_grad()
 @machine.one_thread()  # more gain nothing here, and would spin on other workers' cores
+@machine.cpu_products("ieee")  # whatever `precision` says of updates
 def play_episode(task: Task, seed: int, actor: Actor, scaling: Scaling, explore: bool) -> Episode:
     """Play the episode of `seed`: by samples of a policy on the CPU, or by its mean actions.
 
