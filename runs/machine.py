@@ -201,15 +201,16 @@ def kept_random_states() -> Iterator[None]:
 WORTH_COMPILING = 5_000  # updates of the offline phase
 
 
-def compiles(wanted: Optional[bool], device: torch.device, offline_updates: int) -> bool:
-    """Whether to compile: as wanted, or else on a CPU with a C++ compiler in all but short runs.
+def compiles(wanted: Optional[bool], offline_updates: int) -> bool:
+    """Whether to compile: as wanted, or else with a C++ compiler in all but short offline phases.
 
-    Does not depend on how long the online phase is, so that an extended run goes on as it began.
+    A run without an offline phase counts as long. The online phase's length does not count, so
+    that an extended run goes on as it began.
     """
     if wanted is not None:
         return wanted
     has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
-    return device.type == "cpu" and has_compiler and offline_updates >= WORTH_COMPILING
+    return has_compiler and (offline_updates == 0 or offline_updates >= WORTH_COMPILING)
 
 
 class Compiled:
