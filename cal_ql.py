@@ -51,8 +51,8 @@ Gradients = dict[str, tuple[Tensor, ...]]  # by loss, of the parameters it train
 @dataclass
 class Config:
     device: str = may_change("cuda", "device")  # Where the networks live: cuda, cuda:N, cpu or auto
-    precision: Optional[str] = option(None, "precision")  # float32, tf32; null: tf32 on CUDA
-    compile: Optional[bool] = may_change(None)  # torch.compile; null: on CPUs, in runs it speeds up
+    precision: Optional[str] = option(None, "precision")  # float32, tf32, bf16; null: tf32 on CUDA
+    compile: Optional[bool] = may_change(None)  # torch.compile; null: unless offline steps are few
     env: str = "halfcheetah-medium-expert-v2"  # Task name
     seed: int = option(0, "seed")  # Seed of networks, batches and training episodes
     eval_seed: int = option(0, "seed")  # Seed of the evaluation episodes, always the same ones
@@ -319,7 +319,7 @@ class Agent(nn.Module):
         groups = [{"params": p, "lr": lr} for p, lr in zip(self.learned.values(), rates)]
         on_cuda = device.type == "cuda"  # there the optimizer counts its steps on the device
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=on_cuda)
-        compiles = machine.compiles(config.compile, device, config.offline_iterations)
+        compiles = machine.compiles(config.compile, config.offline_iterations)
         self.compute = machine.Compiled(self.gradients) if compiles else self.gradients
 
     def critic_loss(
@@ -729,6 +729,7 @@ def episode_seed(seed: int, purpose: str, number: int) -> int:
 
 @torch.no_grad()
 @machine.one_thread()  # more gain nothing here, and would spin on other workers' cores
+@machine.cpu_products("ieee")  # whatever `precision` says of updates
 def play_episode(task: Task, seed: int, actor: Actor, scaling: Scaling, explore: bool) -> Episode:
     """Play the episode of `seed`: by samples of a policy on the CPU, or by its mean actions.
 

@@ -85,10 +85,45 @@ def resolve_device(name: str, precision: Optional[str]) -> torch.device:
             f"device: found {name!r}, but this machine has {count} CUDA devices; "
             "take --device cpu or --device auto"
         )
-    if precision == "tf32" and device.type != "cuda":
-        raise InputError(f"precision: found tf32, expected float32 on {device}")
-    torch.backends.cuda.matmul.allow_tf32 = precision != "float32"
+    set_precision(precision or ("tf32" if device.type == "cuda" else "float32"), device)
     return device
+
+
+TORCH_PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}
+
+
+def set_precision(precision: str, device: torch.device) -> None:
+    """Round the factors of matrix products so; raises `InputError` where the device does not."""
+    on_cuda = device.type == "cuda"
+    if precision == "tf32" and not on_cuda:
+        raise InputError(f"precision: found tf32, expected float32 on {device}")
+    if precision == "bf16" and on_cuda:
+        raise InputError(f"precision: found bf16, expected float32 or tf32 on {device}")
+    if precision == "bf16" and not rounds_to_bfloat16():
+        raise InputError(
+            "precision: found bf16, expected float32 on this processor, which rounds no products "
+            "to bfloat16 (as AMX does), so it would not be faster; take --precision float32"
+        )
+    torch.set_float32_matmul_precision(TORCH_PRECISIONS[precision])
+
+
+@contextlib.contextmanager
+def cpu_products(precision: str) -> Iterator[None]:
+    """Have the CPU's matrix products round their factors to bf16 where it can, or, ieee, not."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@cpu_products("bf16")
+def rounds_to_bfloat16() -> bool:
+    """Whether products of a hidden layer's size are rounded here: tried, as no flag tells."""
+    factor = torch.full((2, 256, 256), 1.001)  # in bfloat16 that is 1
+    return bool((factor @ factor == 256.0).all())
 
 
 def check_memory(
@@ -181,15 +216,16 @@ def kept_random_states() -> Iterator[None]:
 WORTH_COMPILING = 5_000  # updates of the offline phase
 
 
-def compiles(wanted: Optional[bool], device: torch.device, offline_updates: int) -> bool:
-    """Whether to compile: as wanted, or else on a CPU with a C++ compiler in all but short runs.
+def compiles(wanted: Optional[bool], offline_updates: int) -> bool:
+    """Whether to compile: as wanted, or else with a C++ compiler in all but short offline phases.
 
-    Does not depend on how long the online phase is, so that an extended run goes on as it began.
+    A run without an offline phase counts as long. The online phase's length does not count, so
+    that an extended run goes on as it began.
     """
     if wanted is not None:
         return wanted
     has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
-    return device.type == "cpu" and has_compiler and offline_updates >= WORTH_COMPILING
+    return has_compiler and (offline_updates == 0 or offline_updates >= WORTH_COMPILING)
 
 
 class Compiled:

@@ -63,7 +63,7 @@ HOLDS: dict[str, tuple[Callable[[Any], Any], str]] = {  # ranges: what must hold
         lambda x: re.fullmatch(r"auto|cpu|cuda(:[1-9]?\d)?", x),
         "cuda, cuda:N, cpu or auto",
     ),
-    "precision": (lambda x: x in ("float32", "tf32"), "float32, tf32"),
+    "precision": (lambda x: x in ("float32", "tf32", "bf16"), "float32, tf32, bf16"),
     "name": (lambda x: x and "/" not in x, "a name without /, as it begins a directory's"),
     "path": (lambda x: x != "", "a path"),
     "seed": (lambda x: 0 <= x < 2**32, "0 to 2**32 - 1"),

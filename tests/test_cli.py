@@ -227,6 +227,7 @@ BAD_OPTIONS = {
     "--discount 1.01": "discount",
     "--precision float16": "precision",
     "--precision tf32": "precision: found tf32, expected float32 on cpu",
+    "--precision fp16": "precision: found 'fp16', expected float32, tf32, bf16 or null",
     "--compile maybe": "compile",
     "--eval_workers 0": "eval_workers",
     "--mixing_ratio -0.1": "mixing_ratio",

@@ -51,14 +51,6 @@ SHORT = ["--offline_iterations", 40, "--online_iterations", 0, "--eval_freq", 10
 STILL = ["--policy_lr", 1e-30, "--qf_lr", 1e-30, "--soft_target_update_rate", 0]
 
 
-@pytest.fixture(autouse=True)
-def kept_precision() -> Iterator[None]:
-    """A run sets the precision of all products in this process."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def set_precision(precision: str) -> None:
     machine.resolve_device(str(DEVICE), precision if ON_CUDA else None)
 
