@@ -67,6 +67,8 @@ DEFAULTS = yaml.safe_load("""{
     q_n_hidden_layers: 2, actor_n_hidden_layers: 3, hidden_dim: 256,
     critic_layer_norm: false, reward_scale: 1.0, reward_bias: 0.0, is_sparse_reward: false,
     mixing_ratio: 0.5, online_utd_ratio: 1, dataset_path: null, n_critics: 2,
+    n_target_critics: null, actor_update_period: 1, warmup_steps: 0, target_entropy: null,
+    actor_layer_norm: false, bc_weight: 0.0, bc_weight_online: null,
     log_freq: 1000, project: CORL, group: Cal-QL-D4RL, name: Cal-QL}""")
 
 CORL = yaml.safe_load("""{
@@ -238,6 +240,13 @@ BAD_OPTIONS = {
     "--policy_lr 0": "policy_lr",
     "--cql_clip_diff_max -300 --cql_clip_diff_min -200": "cql_clip_diff_max",
     "--is_sparse_reward true --discount 1": "discount",
+    "--n_target_critics 0": "n_target_critics: found",
+    "--n_critics 4 --n_target_critics 5": "n_target_critics: found",
+    "--actor_update_period 0": "actor_update_period: found",
+    "--warmup_steps -1": "warmup_steps: found",
+    "--target_entropy .inf": "target_entropy: found",
+    "--bc_weight -1": "bc_weight: found",
+    "--bc_weight_online -1": "bc_weight_online: found",
     "--config_path nowhere.yaml": "nowhere.yaml",
     "--config_path .": "config_path",
     "--config_path=": "config_path",
