@@ -922,7 +922,8 @@ def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> R
     A new run starts with what `load_model` names. Raises `InputError` for wrong options and data.
     """
     device = machine.resolve_device(config.device, config.precision)
-    machine.check_memory(config, task.observation_dim, task.action_dim, device, NETWORKS.split())
+    needed = machine.memory_needed(config, task.observation_dim, task.action_dim)
+    machine.check_memory(needed, device, config, NETWORKS + SIZES)
     data = task.data_file(config.dataset_path)
     torch.manual_seed(config.seed)
     agent = Agent(task.observation_dim, task.action_dim, config, device)
@@ -1004,6 +1005,7 @@ def train(run: Run, log: Log, stop: StopSignals) -> None:
 # ---------------------------------------------------------------------------- command line
 NETWORKS = """env hidden_dim n_critics q_n_hidden_layers actor_n_hidden_layers
     critic_layer_norm actor_layer_norm"""
+SIZES = " batch_size cql_n_actions buffer_size online_iterations"  # which take memory, too
 # What must hold between options, and the same in words.
 RANGES: Ranges = [
     ("discount", lambda x, c: x < 1 or not c.is_sparse_reward, "below 1 for is_sparse_reward"),

@@ -126,26 +126,25 @@ def rounds_to_bfloat16() -> bool:
     return bool((factor @ factor == 256.0).all())
 
 
-def check_memory(
-    config: Any, observation_dim: int, action_dim: int, device: torch.device, networks: list[str]
-) -> None:
-    """Raise `InputError` where not even a lower bound of what a run needs fits into memory.
-
-    `networks` are the options that networks depend on, for the message.
-    """
+def memory_needed(config: Any, observation_dim: int, action_dim: int) -> float:
+    """A lower bound of the bytes that a run of these options takes."""
     hidden = config.hidden_dim
     inputs = observation_dim + action_dim
     critics = config.n_critics * hidden * (inputs + hidden * (config.q_n_hidden_layers - 1))
     actor = hidden * (inputs + hidden * (config.actor_n_hidden_layers - 1))
-    n_actions = config.cql_n_actions if config.cql_alpha or config.cql_alpha_online else 0
-    rows = config.batch_size * (1 + 3 * n_actions)
+    offline = config.cql_alpha and config.offline_iterations
+    online = config.cql_alpha_online and config.online_iterations
+    rows = config.batch_size * (1 + (3 * config.cql_n_actions if offline or online else 0))
     activations = config.n_critics * rows * hidden * config.q_n_hidden_layers  # for the gradient
     stored = min(config.buffer_size, config.online_iterations) * (2 * inputs - action_dim + 3)
-    needed = 4 * (5 * critics + 4 * actor + activations + stored)  # gradients, Adam and targets too
+    return 4.0 * (5 * critics + 4 * actor + activations + stored)  # gradients, Adam, targets too
+
+
+def check_memory(needed: float, device: torch.device, config: Any, names: str) -> None:
+    """Raise `InputError` where the device has less than the bytes `needed` for these options."""
     left = available_memory(device)
+    found = ", ".join(f"{name} {getattr(config, name)}" for name in names.split())
     if needed > left:
-        names = *networks, "batch_size", "cql_n_actions", "buffer_size", "online_iterations"
-        found = ", ".join(f"{name} {getattr(config, name)}" for name in names)
         raise InputError(
             f"{found}: found {left / 1e9:,.1f} GB of memory left on {device}, expected at least "
             f"{needed / 1e9:,.1f} GB for these; take smaller ones"

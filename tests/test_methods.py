@@ -450,33 +450,30 @@ def test_an_actors_layer_norm_begins_as_the_identity_after_the_scaling():
     assert all(torch.equal(own[name], value) for name, value in plain.named_parameters())
 
 
-def needed(monkeypatch: pytest.MonkeyPatch, **options: Any) -> float:
+def needed(**options: Any) -> float:
     """Bytes without which a run of these options is refused."""
-    found = []
-    monkeypatch.setattr(machine, "check_memory", lambda needed, *args: found.append(needed))
     sizes = dict(hidden_dim=32, batch_size=64, n_critics=10, online_iterations=10)
     config = dataclasses.replace(parse(*RUN), **sizes | options)
     task = cal_ql.tasks.make(config.env, config.dataset_path)
-    cal_ql.check_memory(config, task, torch.device("cpu"))
-    return found[0]
+    return machine.memory_needed(config, task.observation_dim, task.action_dim)
 
 
-def test_memory_for_sampled_actions_is_asked_for_where_there_are_some(monkeypatch):
+def test_memory_for_sampled_actions_is_asked_for_where_there_are_some():
     neither = dict(cql_alpha=0.0, cql_alpha_online=0.0)
     offline, online = dict(cql_alpha=5.0), dict(cql_alpha_online=5.0)
-    everywhere = needed(monkeypatch, **offline | online, cql_n_actions=10)
-    assert needed(monkeypatch, **neither | offline, cql_n_actions=10) == everywhere
-    assert needed(monkeypatch, **neither | online, cql_n_actions=10) == everywhere
-    least = needed(monkeypatch, **neither, cql_n_actions=10)
-    assert least == needed(monkeypatch, **neither, cql_n_actions=1000) < everywhere / 2
+    everywhere = needed(**offline | online, cql_n_actions=10)
+    assert needed(**neither | offline, cql_n_actions=10) == everywhere
+    assert needed(**neither | online, cql_n_actions=10) == everywhere
+    least = needed(**neither, cql_n_actions=10)
+    assert least == needed(**neither, cql_n_actions=1000) < everywhere / 2
     # what counts are the phases that there are
     no_offline = dict(offline_iterations=0, online_iterations=10)
-    assert needed(monkeypatch, **neither | offline | no_offline) == least
+    assert needed(**neither | offline | no_offline) == least
     no_online = dict(online_iterations=0, offline_iterations=10)
-    assert needed(monkeypatch, **neither | online | no_online) <= least
+    assert needed(**neither | online | no_online) <= least
 
 
-def test_memory_that_is_asked_for_is_less_than_what_is_used(monkeypatch):
+def test_memory_that_is_asked_for_is_less_than_what_is_used():
     """A lower bound: of the activations alone that the gradient keeps, LayerNorm's aside."""
     saved = {}
     sizes = dict(cql_alpha=0.0, cql_alpha_online=0.0, n_critics=10, batch_size=512, hidden_dim=32)
@@ -496,4 +493,4 @@ def test_memory_that_is_asked_for_is_less_than_what_is_used(monkeypatch):
         agent.losses(batch, agent.draw_noise(agent.phase(False)), agent.phase(False))
     trained = sum(p.nbytes for parameters in agent.learned.values() for p in parameters)
     targets = sum(p.nbytes for p in agent.target_critic.parameters())
-    assert needed(monkeypatch, **sizes) < sum(saved.values()) + 4 * trained + targets
+    assert needed(**sizes) < sum(saved.values()) + 4 * trained + targets
