@@ -85,16 +85,65 @@ def resolve_device(name: str, precision: Optional[str]) -> torch.device:
             f"device: found {name!r}, but this machine has {count} CUDA devices; "
             "take --device cpu or --device auto"
         )
-    if precision == "tf32" and device.type != "cuda":
-        raise InputError(f"precision: found tf32, expected float32 on {device}")
-    torch.backends.cuda.matmul.allow_tf32 = precision != "float32"
+    set_precision(precision or ("tf32" if device.type == "cuda" else "float32"), device)
     return device
 
 
-def check_memory(needed: float, device: torch.device, sizes: dict[str, int]) -> None:
-    """Raise `InputError` if the device has fewer bytes than the options in `sizes` need."""
+TORCH_PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}
+
+
+def set_precision(precision: str, device: torch.device) -> None:
+    """Round the factors of matrix products so; raises `InputError` where the device does not."""
+    on_cuda = device.type == "cuda"
+    if precision == "tf32" and not on_cuda:
+        raise InputError(f"precision: found tf32, expected float32 on {device}")
+    if precision == "bf16" and on_cuda:
+        raise InputError(f"precision: found bf16, expected float32 or tf32 on {device}")
+    if precision == "bf16" and not rounds_to_bfloat16():
+        raise InputError(
+            "precision: found bf16, expected float32 on this processor, which rounds no products "
+            "to bfloat16 (as AMX does), so it would not be faster; take --precision float32"
+        )
+    torch.set_float32_matmul_precision(TORCH_PRECISIONS[precision])
+
+
+@contextlib.contextmanager
+def cpu_products(precision: str) -> Iterator[None]:
+    """Have the CPU's matrix products round their factors to bf16 where it can, or, ieee, not."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@cpu_products("bf16")
+def rounds_to_bfloat16() -> bool:
+    """Whether products of a hidden layer's size are rounded here: tried, as no flag tells."""
+    factor = torch.full((2, 256, 256), 1.001)  # in bfloat16 that is 1
+    return bool((factor @ factor == 256.0).all())
+
+
+def memory_needed(config: Any, observation_dim: int, action_dim: int) -> float:
+    """A lower bound of the bytes that a run of these options takes."""
+    hidden = config.hidden_dim
+    inputs = observation_dim + action_dim
+    critics = config.n_critics * hidden * (inputs + hidden * (config.q_n_hidden_layers - 1))
+    actor = hidden * (inputs + hidden * (config.actor_n_hidden_layers - 1))
+    offline = config.cql_alpha and config.offline_iterations
+    online = config.cql_alpha_online and config.online_iterations
+    rows = config.batch_size * (1 + (3 * config.cql_n_actions if offline or online else 0))
+    activations = config.n_critics * rows * hidden * config.q_n_hidden_layers  # for the gradient
+    stored = min(config.buffer_size, config.online_iterations) * (2 * inputs - action_dim + 3)
+    return 4.0 * (5 * critics + 4 * actor + activations + stored)  # gradients, Adam, targets too
+
+
+def check_memory(needed: float, device: torch.device, config: Any, names: str) -> None:
+    """Raise `InputError` if the device has fewer bytes than are `needed` for these options."""
     left = available_memory(device)
-    found = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    found = ", ".join(f"{name} {getattr(config, name)}" for name in names.split())
     if needed > left:
         raise InputError(
             f"{found}: found {left / 1e9:,.1f} GB of memory left on {device}, expected at least "
@@ -166,19 +215,20 @@ def kept_random_states() -> Iterator[None]:
 WORTH_COMPILING = 5_000  # updates of the offline phase
 
 
-def compiles(wanted: Optional[bool], device: torch.device, offline_updates: int) -> bool:
-    """Whether to compile: as wanted, or else on a CPU with a C++ compiler in all but short runs.
+def compiles(wanted: Optional[bool], offline_updates: int) -> bool:
+    """Whether to compile: as wanted, or else with a C++ compiler in all but short offline phases.
 
-    Does not depend on how long the online phase is, so that an extended run goes on as it began.
+    A run without an offline phase counts as long. The online phase's length does not count, so
+    that an extended run goes on as it began.
     """
     if wanted is not None:
         return wanted
     has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
-    return device.type == "cpu" and has_compiler and offline_updates >= WORTH_COMPILING
+    return has_compiler and (offline_updates == 0 or offline_updates >= WORTH_COMPILING)
 
 
 class Compiled:
-    """A function of tensors (nested in tuples) and plain values, compiled into one graph.
+    """A function of tensors (nested in tuples) and, last, of plain values, compiled into one graph.
 
     On CUDA that is a captured graph. Where compiling fails, the function is called as it is.
     """
@@ -190,7 +240,7 @@ class Compiled:
         self.compiled: Optional[Callable] = torch.compile(function, **how)
         self.ready: set[tuple] = set()  # plain values that it has been called with
 
-    def is_ready(self, *values: Any) -> bool:
+    def is_ready(self, values: tuple) -> bool:
         """Whether a call with these plain values begins without compiling."""
         return self.compiled is None or values in self.ready
 
@@ -199,7 +249,7 @@ class Compiled:
             try:
                 torch.compiler.cudagraph_mark_step_begin()
                 result = self.compiled(*args)
-                self.ready.add(tuple(x for x in args if not isinstance(x, tuple)))
+                self.ready.add(args[-1])
                 return result
             except Exception as error:  # a compiler can raise any exception
                 reason = " ".join(str(error).split()[:40])

@@ -1,6 +1,7 @@
 """Every test on one core, nothing sent to W&B, the longest files first."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -25,6 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Processes take files in this order, so that none is left alone with a long one at the end."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def precision_of_this_test() -> Iterator[None]:
+    """A run sets the precision of all products in this process."""
+    yield
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture

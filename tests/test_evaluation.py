@@ -53,6 +53,18 @@ def assert_same(found: list[Episode], expected: list[Episode]) -> None:
         np.testing.assert_array_equal(one.actions, other.actions)
 
 
+def test_policies_play_in_float32_whatever_the_precision_of_updates():
+    task = tasks.make(MAZE)
+    actor = Actor(4, 2, Config())  # layers of the size at which products are rounded
+    expected = play_episode(task, 0, actor, SCALING, explore=True)
+    products = torch.backends.mkldnn.matmul
+    seen = set()
+    actor.register_forward_hook(lambda *args: seen.add(products.fp32_precision))
+    torch.set_float32_matmul_precision("medium")  # as bf16 does
+    assert_same([play_episode(task, 0, actor, SCALING, explore=True)], [expected])
+    assert seen == {"ieee"} and products.fp32_precision == "bf16"
+
+
 def test_episodes_are_the_same_in_any_number_of_processes_and_order(actor):
     task = tasks.make(MAZE)
     seeds = [episode_seed(4, "eval", number) for number in range(N)]

@@ -1,4 +1,4 @@
-"""What the machine gives: limits of nested control groups, of both versions."""
+"""What the machine gives: limits of nested control groups, of both versions, and precisions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from runs import machine
+from runs.errors import InputError
 from runs.machine import available_cores, compiles, core_limit, memory_limit
 
 GB = 2**30
@@ -95,18 +97,73 @@ def test_less_than_a_core_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "compiler", "updates", "expected"),
+    ("wanted", "compiler", "updates", "expected"),
     [
-        (None, "cpu", "sh", 5_000, True),
-        (None, "cpu", "sh", 4_999, False),
-        (None, "cpu", "no-such-compiler", 5_000, False),
-        (None, "cuda", "sh", 5_000, False),
-        (True, "cuda", "no-such-compiler", 0, True),
-        (False, "cpu", "sh", 5_000, False),
+        (None, "sh", 5_000, True),
+        (None, "sh", 4_999, False),
+        (None, "sh", 1, False),
+        (None, "sh", 0, True),  # such a run is online alone
+        (None, "no-such-compiler", 5_000, False),
+        (None, "no-such-compiler", 0, False),
+        (True, "no-such-compiler", 1, True),
+        (False, "sh", 5_000, False),
+        (False, "sh", 0, False),
     ],
 )
-def test_long_runs_on_a_cpu_with_a_compiler_are_compiled(
-    wanted, device, compiler, updates, expected, monkeypatch: pytest.MonkeyPatch
+def test_runs_are_compiled_unless_the_offline_phase_is_short(
+    wanted, compiler, updates, expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
-    assert compiles(wanted, torch.device(device), updates) == expected
+    assert compiles(wanted, updates) == expected
+
+
+# ---------------------------------------------------------------------------- precision
+
+
+def error_of_a_product() -> float:
+    """The largest in a product of the size that a hidden layer's have."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(2, 256, 256, generator=generator) for _ in range(2))
+    return float((left @ right - left.double() @ right.double()).abs().max())
+
+
+def test_bf16_is_accepted_where_products_are_then_rounded() -> None:
+    try:
+        machine.resolve_device("cpu", "bf16")
+    except InputError as error:
+        with machine.cpu_products("bf16"):
+            assert error_of_a_product() < 1e-3
+        assert str(error).startswith("precision: found bf16, expected float32 on this processor")
+    else:
+        assert error_of_a_product() > 1e-2
+
+
+@pytest.mark.parametrize("next_precision", [None, "float32"])
+def test_a_run_in_float32_may_follow_one_in_bf16(next_precision, monkeypatch) -> None:
+    exact = error_of_a_product()
+    monkeypatch.setattr(machine, "rounds_to_bfloat16", lambda: True)
+    machine.resolve_device("cpu", "bf16")
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    machine.resolve_device("cpu", next_precision)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    assert error_of_a_product() == exact < 1e-3
+
+
+def test_bf16_is_no_precision_of_cuda() -> None:
+    with pytest.raises(InputError, match="found bf16, expected float32 or tf32 on cuda:1"):
+        machine.set_precision("bf16", torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("precision, is_tf32", [("float32", False), ("tf32", True)])
+def test_precisions_of_cuda(precision, is_tf32) -> None:
+    machine.set_precision(precision, torch.device("cuda"))
+    assert torch.backends.cuda.matmul.allow_tf32 == is_tf32
+
+
+@pytest.mark.parametrize("rounding", [1.0, 1.001])
+def test_bf16_is_found_by_trying(rounding: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies ones where it is given 1.001 rounds, since bfloat16 does."""
+    assert torch.tensor(1.001).bfloat16() == 1.0
+    monkeypatch.setattr(torch, "full", lambda shape, value: rounding * torch.ones(shape))
+    with machine.cpu_products("ieee"):
+        assert machine.rounds_to_bfloat16.__wrapped__() == (rounding == 1.0)

@@ -177,6 +177,7 @@ def test_load_model_takes_weights_and_scaling(
     torch.save(model, "model.pt")
     one_step = ["--offline_iterations", 0, "--online_iterations", 1, "--policy_lr", 1e-30]
     one_step += ["--qf_lr", 1e-30, "--soft_target_update_rate", 0]  # which changes nothing
+    one_step += ["--compile", False]
     assert call(*RUN, *one_step, "--load_model", "model.pt").returncode == 0
     loaded = torch.load(newest(folder), weights_only=True)
     assert (loaded["step"], model["step"]) == (1, 230)
@@ -188,7 +189,8 @@ def test_load_model_takes_weights_and_scaling(
 
 def test_a_checkpoint_of_another_architecture_is_refused(left_alone: Path, folder: Path) -> None:
     others = dict.fromkeys(("hidden_dim", "q_n_hidden_layers", "actor_n_hidden_layers"), 9)
-    for other, value in (others | {"critic_layer_norm": True}).items():
+    others |= dict.fromkeys(("critic_layer_norm", "actor_layer_norm"), True)
+    for other, value in others.items():
         line = error_line(call(*RUN, "--load_model", newest(left_alone), f"--{other}", value))
         assert f"load_model: {newest(left_alone)} has networks for {other}" in line
         assert f"expected {other} {value}" in line
@@ -282,6 +284,7 @@ def test_antmaze_resumes_exactly_with_its_start_and_goal(
     data = write_dataset(folder / "data.hdf5", observation_dim=29, action_dim=8)
     options = [*SMALL, "--env", "antmaze-umaze-v2", "--dataset_path", data]
     options += ["--checkpoints_path", ".", "--offline_iterations", 0, "--online_iterations", 20]
+    options += ["--compile", False]
     real, episodes = D4RL.reset, []
 
     def reset(task: D4RL, seed: int) -> np.ndarray:

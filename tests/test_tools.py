@@ -121,6 +121,7 @@ def test_published_policies_can_be_evaluated_and_fine_tuned(run_evaluate, monkey
     monkeypatch.chdir(ROOT)
     options = ["--config_path", "configs/quickstart.yaml", "--checkpoints_path", "null"]
     options += ["--load_model", "results/quickstart-switch.pt", "--offline_iterations", 0]
+    options += ["--compile", False]
     assert call(*options, "--online_iterations", 1, "--n_episodes", 1).returncode == 0
 
 
