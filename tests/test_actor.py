@@ -1,4 +1,4 @@
-"""The policy where float32 is at its end, against torch.distributions; how the networks start."""
+"""The policy at the limits of float32, against torch.distributions; initial weights."""
 
 import math
 
@@ -35,7 +35,7 @@ def distribution(policy: Gaussian) -> TransformedDistribution:
 
 @pytest.mark.parametrize("sampled", [True, False])
 def test_densities_and_gradients_on_the_edge_are_finite_in_float32(sampled):
-    """Where tanh rounds to 1, the density of a sample must not be taken from the action."""
+    """If tanh rounds to 1, the density of a sample cannot be computed from the action."""
     policy = Gaussian(*(x.requires_grad_() for x in random_policy(torch.float32)))
     exact = Gaussian(*(x.detach().double() for x in policy))
     noise, expected = 40 * torch.randn(B, A), distribution(exact)

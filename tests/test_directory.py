@@ -1,4 +1,4 @@
-"""A run's directory: what a start takes and leaves, records by their steps, checkpoints' forms."""
+"""A run's directory: what a start reads and changes, records by step, checkpoints' forms."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def test_rows_of_the_checkpoint_alone_are_read_and_kept(finished_run: Path) -> N
     directory.load(CPU)
     single, pair = directory.read_rows([(), (2,)])
     assert single.tolist() == [1, 1, 11, 11, 21, 21] and pair.shape == (6, 2)
-    with pytest.raises(InputError, match="holds other rows"):
+    with pytest.raises(InputError, match="does not hold rows"):
         directory.read_rows([(5,)])
     close(directory)
     resumed(finished_run)

@@ -1,4 +1,4 @@
-"""What a program says and how it ends, whatever goes wrong: one line, and a code."""
+"""How programs end after any error: with one line and an exit code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PRINTS = "[print(i) for i in range(10**5)]; open('done', 'w')"  # more than a pi
 
 
 def run(folder: Path, body: str, goes_on: bool = False, shell: str = "", **env: str) -> Any:
-    """A program whose `main` is `body`; `shell` is what stands after it on a command line."""
+    """Run a program whose `main` is `body`; the command line ends with `shell`."""
     script = folder / "program.py"
     script.write_text(PROGRAM.format(body, goes_on), encoding="utf-8")
     command = f"set -o pipefail; {sys.executable} {script} {shell}"

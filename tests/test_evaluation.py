@@ -1,4 +1,4 @@
-"""Evaluation: the same episodes whoever plays them, and one line for whatever goes wrong."""
+"""Evaluation: the same episodes for any number of processes, and one line for every error."""
 
 import _multiprocessing
 import errno
@@ -103,7 +103,7 @@ def test_failures_of_workers_end_an_evaluation_in_one_line(actor):
     with pytest.raises(RunError, match="step 0 of the episode with seed"):
         workers.map(played_by(actor, wrong), seeds)
     for process in multiprocessing.active_children():
-        os.kill(process.pid, signal.SIGTERM)  # which they do not hear
+        os.kill(process.pid, signal.SIGTERM)  # which workers ignore
     assert len(workers.map(played_by(actor), seeds)) == 2
     for process in multiprocessing.active_children():
         os.kill(process.pid, signal.SIGKILL)

@@ -97,7 +97,7 @@ def test_actions_are_uniform_and_those_of_no_other_episode(folder_of_data: Path)
 
 
 def test_a_short_file_is_the_beginning_of_a_longer_one_whatever_the_workers(tmp_path: Path):
-    """Files by two workers against the rollouts of this process, in another order."""
+    """Files made by two workers equal the rollouts of this process, made in a different order."""
     recipe = locomotion.Random(HOPPER)
     expected: list[Any] = [None] * 40
     for number in np.random.default_rng(0).permutation(40):

@@ -1,4 +1,4 @@
-"""Options: what the texts of a YAML file and of a command line mean, and what is refused."""
+"""Options: how texts in YAML files and on the command line are read, and which are refused."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""tools/report.py on runs written by hand, against formulations of its own."""
+"""tools/report.py on runs written by hand, against independent formulas."""
 
 import base64
 import csv
@@ -78,7 +78,7 @@ def test_the_command_line_prints_known_numbers(study):
         "11.0 ± 1.0 → 65.0 ± 5.0", "11.0 [10.0, 12.0] → 65.0 [60.0, 70.0]", "21.5 ± 1.5",
         "0.65 ± 0.05", "0.75 ± 0.25",
     ]  # fmt: skip
-    # Cal-QL alone has both tasks; the mean is over tasks, the IQM over runs
+    # only Cal-QL has both tasks; the mean is over tasks, the IQM over runs
     assert table[5][:3] == ["all 2 tasks", "Cal-QL", "3 runs"]
     assert table[5][4:6] == ["17.5 → 42.5", "18.3 (no interval) → 48.3 (no interval)"]
     # of the four pairs 50 < 60, 50 < 70, 70 > 60, 70 = 70: 1.5 / 4. Of the resamples, one in 4 has
