@@ -93,7 +93,7 @@ TORCH_PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """Round the factors of matrix products so; raises `InputError` where the device does not."""
+    """Set the rounding of matrix products' factors; raises `InputError` if the device lacks it."""
     on_cuda = device.type == "cuda"
     if precision == "tf32" and not on_cuda:
         raise InputError(f"precision: found tf32, expected float32 on {device}")
@@ -109,7 +109,7 @@ def set_precision(precision: str, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def cpu_products(precision: str) -> Iterator[None]:
-    """Have the CPU's matrix products round their factors to bf16 where it can, or, ieee, not."""
+    """Within, the CPU's matrix products round their factors ("bf16", if it can) or not ("ieee")."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = precision
@@ -121,13 +121,13 @@ def cpu_products(precision: str) -> Iterator[None]:
 
 @cpu_products("bf16")
 def rounds_to_bfloat16() -> bool:
-    """Whether products of a hidden layer's size are rounded here: tried, as no flag tells."""
+    """Whether products of a hidden layer's size are rounded here: tried, since no flag tells."""
     factor = torch.full((2, 256, 256), 1.001)  # in bfloat16 that is 1
     return bool((factor @ factor == 256.0).all())
 
 
 def memory_needed(config: Any, observation_dim: int, action_dim: int) -> float:
-    """A lower bound of the bytes that a run of these options takes."""
+    """A lower bound of the bytes that a run with these options needs."""
     hidden = config.hidden_dim
     inputs = observation_dim + action_dim
     critics = config.n_critics * hidden * (inputs + hidden * (config.q_n_hidden_layers - 1))
@@ -216,10 +216,10 @@ WORTH_COMPILING = 5_000  # updates of the offline phase
 
 
 def compiles(wanted: Optional[bool], offline_updates: int) -> bool:
-    """Whether to compile: as wanted, or else with a C++ compiler in all but short offline phases.
+    """Whether to compile: as wanted, by default with a C++ compiler and if the run is not short.
 
-    A run without an offline phase counts as long. The online phase's length does not count, so
-    that an extended run goes on as it began.
+    Runs with fewer offline updates than `WORTH_COMPILING` are short, but not those without any. The
+    online phase does not count, so that an extended run continues as it began.
     """
     if wanted is not None:
         return wanted
@@ -230,7 +230,7 @@ def compiles(wanted: Optional[bool], offline_updates: int) -> bool:
 class Compiled:
     """A function of tensors (nested in tuples) and, last, of plain values, compiled into one graph.
 
-    On CUDA that is a captured graph. Where compiling fails, the function is called as it is.
+    On CUDA the graph is captured. If compiling fails, the original function is called.
     """
 
     def __init__(self, function: Callable):
@@ -241,7 +241,7 @@ class Compiled:
         self.ready: set[tuple] = set()  # plain values that it has been called with
 
     def is_ready(self, values: tuple) -> bool:
-        """Whether a call with these plain values begins without compiling."""
+        """Whether a call with these plain values starts without compiling."""
         return self.compiled is None or values in self.ready
 
     def __call__(self, *args: Any) -> Any:
@@ -253,7 +253,7 @@ class Compiled:
                 return result
             except Exception as error:  # a compiler can raise any exception
                 reason = " ".join(str(error).split()[:40])
-                print(f"compile: torch.compile fails, so the run goes on eagerly ({reason})")
+                print(f"compile: torch.compile fails, so the run continues eagerly ({reason})")
                 self.compiled = None
         return self.function(*args)
 
