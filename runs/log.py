@@ -55,7 +55,7 @@ class MeanMetrics:
         self.bad_step = bad_step
 
     def check(self) -> None:
-        """Wait for the device; raise `RunError` where a metric was not finite."""
+        """Wait for the device; raise `RunError` if a metric was not finite."""
         if self.counts and not self.total.isfinite().all():
             step, index = self.bad_step.min(0)
             raise RunError(f"{list(self.counts)[index]} is not finite at step {step:.0f}")
