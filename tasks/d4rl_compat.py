@@ -342,7 +342,7 @@ def _import_d4rl() -> tuple[types.ModuleType, types.ModuleType]:
     skipped = {"d4rl.gym_bullet", "d4rl.pointmaze_bullet"} - set(sys.modules)
     sys.modules.update(dict.fromkeys(skipped))
     try:
-        # D4RL makes its folder for data, a literal "~" where no home directory is known.
+        # D4RL makes its folder for data, a literal "~" if there is no home directory.
         with warnings.catch_warnings(), mock.patch.object(os, "makedirs", _do_nothing):
             warnings.simplefilter("ignore")
             import d4rl

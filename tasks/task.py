@@ -87,8 +87,8 @@ class Task:
         """The arrays of the dataset at `path`, one row per step, checked.
 
         Returns observations [N, S], actions [N, A] in [-1, 1] and rewards [N] in float32,
-        terminals [N] in bool; where the data has them, next_observations [N, S] and timeouts [N],
-        or, in Minari's, truncations [N]; jumps [N] where there are any. `episode_ends` says what
+        terminals [N] in bool; if the data has them, also next_observations [N, S] and timeouts [N],
+        in Minari's truncations [N] instead; jumps [N] if there are any. `episode_ends` says what
         they mean.
         """
         raise NotImplementedError

@@ -107,7 +107,7 @@ class Variant(NamedTuple):
 
 
 def precisions(config: cal_ql.Config, device: torch.device) -> list[str]:
-    """The configuration's own; on CUDA, where none is asked for, both."""
+    """The configuration's own; without one, both on CUDA."""
     if config.precision:
         return [config.precision]
     return ["tf32", "float32"] if device.type == "cuda" else ["float32"]

@@ -159,12 +159,12 @@ def make_run(
 ) -> Run:
     """A run by its `COUNTS` and by the score, success rate, regret and `VALUES` at each step.
 
-    Raises ValueError, TypeError or OverflowError where a value cannot be a run's.
+    Raises ValueError, TypeError or OverflowError if a value cannot be a run's.
     """
     for text in (task, method, *options):
         if not isinstance(text, str):
             raise TypeError(f"found {str(text)[:80]!r} for a name, expected text")
-        text.encode()  # raises UnicodeError where it cannot be printed
+        text.encode()  # raises UnicodeError if it cannot be printed
     if not evaluations:
         raise ValueError("no evaluation yet")
     seed, offline, online = map(int, counts)
@@ -703,7 +703,7 @@ def write_csv(runs: list[Run], path: Path) -> None:
 def write_outputs(
     args: argparse.Namespace, runs: list[Run], tables: list, text: str, *published: Any
 ) -> None:
-    """Write the files that the command line names; raises `InputError` where that fails."""
+    """Write the files that the command line names; raises `InputError` if that fails."""
     groups = groups_of(runs)
     outputs: list[tuple[Path | None, Callable[[Path], Any]]] = [
         (args.csv, lambda path: write_csv(runs, path)),
