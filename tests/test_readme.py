@@ -1,5 +1,6 @@
-"""README and docs: their links, files, options and commands exist; those of seconds run."""
+"""README and docs: links, files, options and commands exist; commands that take seconds run."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def page_name(path: Path) -> str:
 
 # ---------------------------------------------------------------------------- commands
 
-# Bash expands the loops and variables of a block; what is no builtin is printed instead of run.
+# Bash expands loops and variables of a block, and prints external commands instead of running them.
 RECORD = r"""
 command_not_found_handle() { printf '%s\0' "$@" '<end>'; }
 id() { echo 1000; }
@@ -63,7 +64,7 @@ class Parsed(BaseException):
 
 
 def unknown_arguments(tool: ModuleType, arguments: list[str]) -> list[str]:
-    """Those that are no options of the tool; raises `InputError` where a value is wrong."""
+    """The arguments that the tool does not know; raises `InputError` if a value is wrong."""
     parse = Parser.parse_known_args
 
     def parse_known_args(*args, **options):
@@ -165,8 +166,9 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in map(slug, headings), link
 
 
+@functools.cache
 def known_options() -> set[str]:
-    """Those of all programs here."""
+    """The options of all programs here."""
     found = {f"--{name}" for name in cal_ql.Config.__annotations__} | OTHERS_OPTIONS
     for tool in TOOLS:
         found |= set(re.findall(r"--[\w-]+", call_tool(tool, "--help").stdout))
