@@ -373,6 +373,19 @@ def test_drawn_noise_has_the_shapes_and_the_distributions(best):
     assert len({draw.flatten()[0].item() for draw in noise[:5]}) == 5
 
 
+@pytest.mark.parametrize("drawn", [[2], [3, 3], [0, 2, 0], [3, 1, 0, 2, 1]])
+def test_a_critic_that_is_drawn_twice_counts_once_for_the_target(drawn):
+    agent, batch = make_agent(n_critics=4, n_target_critics=len(drawn)), make_batch()
+    random = np.random.default_rng(1)
+    actions, log_density = random.uniform(-1, 1, (B, N, A)), random.normal(size=(B, N))
+    next_sample = Sample(torch.tensor(actions), torch.tensor(log_density))
+    found = agent.td_target(batch, next_sample, torch.tensor(drawn))[0].detach().numpy()
+    qs = agent.target_critic(batch.next_observations, next_sample.actions).detach().numpy()
+    value = np.stack([qs[number] for number in set(drawn)]).min(0).max(1)
+    expected = batch.rewards + 0.99 * (1 - batch.terminals) * value
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 def small_agent(**options) -> Agent:
     sizes = dict(batch_size=2, cql_n_actions=1, hidden_dim=2, compile=False)
     return Agent(S, A, Config(**sizes | options), torch.device("cpu"))
