@@ -379,11 +379,12 @@ def test_a_critic_that_is_drawn_twice_counts_once_for_the_target(drawn):
     random = np.random.default_rng(1)
     actions, log_density = random.uniform(-1, 1, (B, N, A)), random.normal(size=(B, N))
     next_sample = Sample(torch.tensor(actions), torch.tensor(log_density))
-    found = agent.td_target(batch, next_sample, torch.tensor(drawn))[0].detach().numpy()
+    found, _ = agent.td_target(batch, next_sample, torch.tensor(drawn))
     qs = agent.target_critic(batch.next_observations, next_sample.actions).detach().numpy()
     value = np.stack([qs[number] for number in set(drawn)]).min(0).max(1)
-    expected = batch.rewards + 0.99 * (1 - batch.terminals) * value
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    not_done = 1 - batch.terminals.numpy()
+    expected = batch.rewards.numpy() + 0.99 * not_done * value
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
 
 
 def small_agent(**options) -> Agent:
