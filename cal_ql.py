@@ -76,7 +76,11 @@ class Config:
     qf_lr: float = option(3e-4, "> 0")  # Learning rate of critics and Lagrange multiplier
     soft_target_update_rate: float = option(5e-3, "0 to 1")  # Rate at which the targets follow
     bc_steps: int = option(0, ">= 0")  # First updates, in which the actor clones the data
+    bc_weight: float = option(0.0, ">= 0")  # Weight of cloning offline data, in the actor's loss
+    bc_weight_online: Optional[float] = option(None, ">= 0")  # In the online phase; null: as before
+    target_entropy: Optional[float] = option(None, "finite")  # Of the policy; null: -action size
     target_update_period: int = option(1, ">= 1")  # Updates between target updates
+    actor_update_period: int = option(1, ">= 1")  # Online updates between two of the actor
 
     cql_alpha: float = option(10.0, ">= 0")  # Weight of the CQL regularizer in the offline phase
     cql_alpha_online: float = option(10.0, ">= 0")  # Its weight in the online phase
@@ -95,14 +99,17 @@ class Config:
     normalize: bool = True  # Standardise observations by the dataset's mean and deviation
     normalize_reward: bool = False  # Divide rewards by the range of returns (locomotion only)
     n_critics: int = option(2, ">= 1")  # Critics in the ensemble
+    n_target_critics: Optional[int] = option(None, ">= 1")  # Drawn for a TD target; null: all
     q_n_hidden_layers: int = option(2, ">= 1")  # Hidden layers of the critics
     actor_n_hidden_layers: int = option(3, ">= 1")  # Hidden layers of the actor
     hidden_dim: int = option(256, ">= 1")  # Units of every hidden layer
     critic_layer_norm: bool = False  # LayerNorm in every hidden layer of the critics
+    actor_layer_norm: bool = False  # LayerNorm in every hidden layer of the actor
     reward_scale: float = option(1.0, "finite")  # Factor of every reward, offline and online
     reward_bias: float = option(0.0, "finite")  # Added to every scaled reward
     is_sparse_reward: bool = False  # Treat a failed episode as failing forever
     mixing_ratio: float = option(0.5, "0 to 1")  # Share of offline data in online batches
+    warmup_steps: int = option(0, ">= 0")  # Online steps, in whole episodes, without updates
     online_utd_ratio: int = option(1, ">= 1")  # Updates per environment step in the online phase
     dataset_path: Optional[FilePath] = option(None, "path")  # The task's data; null: the published
 
@@ -114,6 +121,10 @@ class Config:
     @property
     def total_steps(self) -> int:
         return self.offline_iterations + self.online_iterations
+
+    def n_offline(self, online: bool) -> int:
+        """Transitions of a batch that are offline data; they come first."""
+        return int(self.batch_size * self.mixing_ratio) if online else self.batch_size
 
 
 # ---------------------------------------------------------------------------- networks
@@ -211,13 +222,16 @@ class Actor(nn.Module):
         hidden = [config.hidden_dim] * config.actor_n_hidden_layers
         sizes = [observation_dim, *hidden, 2 * action_dim]
         self.layers = nn.ModuleList(make_layers(sizes, config.orthogonal_init))
+        normalized = hidden if config.actor_layer_norm else []
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in normalized)
         self.log_std_multiplier = nn.Parameter(torch.tensor(1.0))
         self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
 
     def forward(self, observations: Tensor) -> Gaussian:
         x = observations
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+        for number, layer in enumerate(self.layers[:-1]):
+            x = layer(x)
+            x = F.relu(self.norms[number](x) if self.norms else x)
         mean, log_std = self.layers[-1](x).chunk(2, dim=-1)
         log_std = self.log_std_multiplier * log_std + self.log_std_offset
         return Gaussian(mean, log_std.clamp(-20.0, 2.0))
@@ -254,13 +268,25 @@ def squashed_log_density(pre_tanh: Tensor, noise: Tensor, log_std: Tensor) -> Te
 
 # ---------------------------------------------------------------------------- losses and agent
 class Noise(NamedTuple):
-    """All that is random in an update: standard normal, but for the uniform random actions."""
+    """All that is random in an update: standard normal, but for the last two."""
 
     policy: Tensor  # [B, A], action of the actor's loss
     current: Tensor  # [B, N, A], policy actions at s in the CQL term
     next: Tensor  # [B, N, A], policy actions at s' in the CQL term
     target: Tensor  # [B, N or 1, A], policy actions at s' in the TD target
     random: Tensor  # [B, N, A], uniform on [-1, 1]
+    target_critics: Tensor  # [n_target_critics] int, uniform; [0] where all are used
+
+
+class Phase(NamedTuple):
+    """All that the losses of an update depend on besides data and noise."""
+
+    cql_alpha: float  # weight of the regularizer; at 0 its actions are not even sampled: N = 0
+    calibrated: bool
+    cloning: bool  # the actor clones the data instead of maximising Q
+    trains_actor: bool  # and the temperature
+    bc_weight: float
+    n_cloned: int  # rows that bc_weight applies to: the batch's first ones, its offline data
 
 
 class Agent(nn.Module):
@@ -274,6 +300,8 @@ class Agent(nn.Module):
         self.config = config
         self.device = device
         self.action_dim = action_dim
+        entropy = config.target_entropy
+        self.target_entropy = -action_dim if entropy is None else entropy
         self.actor = Actor(observation_dim, action_dim, config)
         self.critic = Critic(observation_dim, action_dim, config)
         self.target_critic = copy.deepcopy(self.critic)
@@ -300,28 +328,44 @@ class Agent(nn.Module):
         random_actions: Tensor,  # [B, N, A]
         sample: Sample,  # 2 N actions per state: of the policy at s, of the policy at s'
         next_sample: Sample,  # actions of the policy at s' for the TD target, 1 or N
-        cql_alpha: float,
-        calibrated: bool,
+        target_critics: Tensor,  # [n_target_critics] int
+        phase: Phase,
     ) -> tuple[Tensor, Scalars]:
-        """TD error + cql_alpha * (logsumexp_a max(Q(s, a), V(s)) - Q(s, a_data)), over all critics.
+        """TD error + cql_alpha * (logsumexp_a max(Q(s, a), V(s)) - Q(s, a_data)), over critics."""
+        target_q, next_q = self.td_target(batch, next_sample, target_critics)
+        actions = torch.cat([batch.actions[:, None], random_actions, sample.actions], 1)
+        qs = self.critic(batch.observations, actions)  # [C, B, 1 + 3 N], in one pass
+        data_q = qs[..., 0]
+        td_error = (data_q - target_q).square().mean(-1)  # [C]
+        metrics = {
+            "qf_loss": td_error,
+            "average_qf": data_q.mean(-1),
+            "average_target_q": next_q.mean(),  # by CORL's name; without reward and discount
+        }
+        if len(qs) > 2:
+            metrics["q_spread"] = data_q.std(0).mean()  # over critics
+        if phase.cql_alpha == 0:  # the rest would only be added 0 times
+            return td_error.sum(), metrics
+        regularizer, info = self.regularizer(qs, batch.returns_to_go, sample.log_density, phase)
+        return (td_error + regularizer).sum(), metrics | info
 
-        With importance sampling each value is weighted by the inverse of its action's density
-        (CQL, appendix F); without it, the data's action joins the sampled ones.
+    def regularizer(
+        self, qs: Tensor, returns_to_go: Tensor, log_density: Tensor, phase: Phase
+    ) -> tuple[Tensor, Scalars]:
+        """cql_alpha * (logsumexp_a max(Q(s, a), V(s)) - Q(s, a_data)) [C].
+
+        `qs` [C, B, 1 + 3 N]: the data's action, N random ones, 2 N of the policy, which have a
+        `log_density` [B, 2 N]. With importance sampling each value is weighted by the inverse of
+        its action's density (CQL, appendix F); without, the data's action joins the sampled ones.
         """
         config = self.config
         n = config.cql_n_actions
-        target_q, next_q = self.td_target(batch, next_sample)
-
-        actions = torch.cat([batch.actions[:, None], random_actions, sample.actions], 1)
-        qs = self.critic(batch.observations, actions)  # [C, B, 1 + 3 N], in one pass
         data_q, random_q, policy_q = qs[..., 0], qs[..., 1 : 1 + n], qs[..., 1 + n :]
-        td_error = (data_q - target_q).square().mean(-1)  # [C]
-
-        if calibrated:
-            policy_q = torch.maximum(policy_q, batch.returns_to_go[:, None])  # Cal-QL, eq. 5.1
+        if phase.calibrated:
+            policy_q = torch.maximum(policy_q, returns_to_go[:, None])  # Cal-QL, eq. 5.1
         if config.cql_importance_sample:
             log_uniform = -self.action_dim * math.log(2.0)  # on [-1, 1]^A
-            values = [random_q - log_uniform, policy_q - sample.log_density]
+            values = [random_q - log_uniform, policy_q - log_density]
         else:
             values = [random_q, policy_q, data_q[..., None]]
         soft_max = config.cql_temp * torch.logsumexp(torch.cat(values, -1) / config.cql_temp, -1)
@@ -330,21 +374,27 @@ class Agent(nn.Module):
 
         if config.cql_lagrange:
             gap = config.cql_target_action_gap
-            regularizer = self.alpha_prime.detach() * (cql_alpha * (difference - gap))
+            regularizer = self.alpha_prime.detach() * (phase.cql_alpha * (difference - gap))
         else:
-            regularizer = cql_alpha * difference
-        return (td_error + regularizer).sum(), {
-            "qf_loss": td_error,
-            "cql_qf_diff": difference,
-            "cql_min_qf_loss": regularizer,
-            "average_target_q": next_q.mean(),  # by CORL's name; without reward and discount
-            **q_metrics(qs, policy_q, batch.returns_to_go),
-        }
+            regularizer = phase.cql_alpha * difference
+        metrics = {"cql_qf_diff": difference, "cql_min_qf_loss": regularizer}
+        return regularizer, metrics | q_metrics(qs, policy_q, returns_to_go)
 
     @torch.no_grad()
-    def td_target(self, batch: Batch, next_sample: Sample) -> tuple[Tensor, Tensor]:
-        """TD targets [B], and the values [B] of the best next actions, which they bootstrap."""
-        next_qs = self.target_critic(batch.next_observations, next_sample.actions)  # [C, B, N]
+    def td_target(
+        self, batch: Batch, next_sample: Sample, target_critics: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """TD targets [B], and the values [B] of the best next actions, which they bootstrap.
+
+        A value is the least of all target critics, or of those drawn (REDQ, arXiv 2101.05982).
+        """
+        critic = self.target_critic
+        inputs = batch.next_observations, next_sample.actions
+        if self.config.n_target_critics:  # the others are not even computed
+            drawn = {name: p[target_critics] for name, p in critic.named_parameters()}
+            next_qs = torch.func.functional_call(critic, drawn, inputs)
+        else:
+            next_qs = critic(*inputs)  # [C, B, N]
         next_q, best = next_qs.amin(0).max(-1)  # [B]
         if self.config.backup_entropy:
             log_density = next_sample.log_density.gather(-1, best[:, None])[:, 0]
@@ -370,29 +420,34 @@ class Agent(nn.Module):
         return loss, {"alpha_prime": alpha_prime, "alpha_prime_loss": loss}
 
     def actor_loss(
-        self, batch: Batch, policy: Gaussian, sample: Sample, cloning: bool
+        self, batch: Batch, policy: Gaussian, sample: Sample, phase: Phase
     ) -> tuple[Tensor, Scalars]:
         """mean(alpha * log pi(a|s) - min_i Q_i(s, a)) for one action a of the policy per state.
 
-        While cloning, the log-density of the data's actions stands in for Q.
+        While cloning, the log-density of the data's actions stands in for Q. bc_weight adds
+        bc_weight * mean(-log pi(a_data|s)) over the offline rows.
         """
-        if cloning:
+        if phase.cloning:
             value = action_log_density(policy, batch.actions)  # [B]
         else:
             qs = self.critic(batch.observations, sample.actions[:, None])  # [C, B, 1]
             value = qs.amin(0)[:, 0]  # [B]
         loss = (self.alpha * sample.log_density - value).mean()
-        return loss, {"policy_loss": loss, "log_pi": sample.log_density.mean()}
+        metrics = {"log_pi": sample.log_density.mean()}
+        if phase.n_cloned:
+            offline = Gaussian(*(part[: phase.n_cloned] for part in policy))
+            bc_loss = -action_log_density(offline, batch.actions[: phase.n_cloned]).mean()
+            loss = loss + phase.bc_weight * bc_loss
+            metrics["bc_loss"] = bc_loss
+        return loss, {"policy_loss": loss, **metrics}
 
     def alpha_loss(self, log_density: Tensor) -> tuple[Tensor, Scalars]:
-        """Loss of the temperature, which grows while the entropy is below its target, -A."""
-        excess = log_density.detach() - self.action_dim  # target entropy - entropy
+        """Loss of the temperature, which grows while the entropy is below its target."""
+        excess = log_density.detach() + self.target_entropy  # target entropy - entropy
         loss = -(self.log_alpha * excess).mean()
         return loss, {"alpha_loss": loss}
 
-    def losses(
-        self, batch: Batch, noise: Noise, cql_alpha: float, calibrated: bool, cloning: bool
-    ) -> tuple[Scalars, Scalars]:
+    def losses(self, batch: Batch, noise: Noise, phase: Phase) -> tuple[Scalars, Scalars]:
         """All losses, by the name of what each trains, and all metrics of an update."""
         policy = self.actor(batch.observations)  # one pass serves all the actions sampled in s
         sample = sample_actions(policy, noise.policy)
@@ -404,20 +459,22 @@ class Agent(nn.Module):
             target_sample = sample_actions(next_policy, noise.target)
 
         losses = {}
-        losses["actor"], actor_info = self.actor_loss(batch, policy, sample, cloning)
-        losses["critic"], critic_info = self.critic_loss(
-            batch, noise.random, cql_sample, target_sample, cql_alpha, calibrated
-        )
         zero = torch.zeros_like(self.log_alpha)
-        metrics = {"alpha": self.alpha, "alpha_loss": zero, "alpha_prime": zero}
-        metrics |= {"alpha_prime_loss": zero, "average_return_to_go": batch.returns_to_go.mean()}
-        metrics |= actor_info | critic_info
-        if self.config.use_automatic_entropy_tuning:
-            losses["alpha"], info = self.alpha_loss(sample.log_density)
-            metrics |= info
-        if self.config.cql_lagrange:
-            difference = critic_info["cql_qf_diff"]
-            losses["alpha_prime"], info = self.alpha_prime_loss(difference, cql_alpha)
+        metrics = {"alpha": self.alpha, "alpha_prime": zero, "alpha_prime_loss": zero}
+        metrics |= {"average_return_to_go": batch.returns_to_go.mean()}
+        if phase.trains_actor:
+            losses["actor"], info = self.actor_loss(batch, policy, sample, phase)
+            metrics |= {"alpha_loss": zero, **info}
+            if self.config.use_automatic_entropy_tuning:
+                losses["alpha"], info = self.alpha_loss(sample.log_density)
+                metrics |= info
+        losses["critic"], info = self.critic_loss(
+            batch, noise.random, cql_sample, target_sample, noise.target_critics, phase
+        )
+        metrics |= info
+        if self.config.cql_lagrange and phase.cql_alpha:
+            difference = metrics["cql_qf_diff"]
+            losses["alpha_prime"], info = self.alpha_prime_loss(difference, phase.cql_alpha)
             metrics |= info
         return losses, name_per_critic(metrics)
 
@@ -431,32 +488,43 @@ class Agent(nn.Module):
         gradients = {
             name: torch.autograd.grad(loss, self.learned[name]) for name, loss in losses.items()
         }
-        for name in ("critic", "actor"):
+        for name in [name for name in ("critic", "actor") if name in gradients]:
             metrics[f"{name}_gradient_norm"] = torch.nn.utils.get_total_norm(gradients[name])
         return gradients, {name: value.detach() for name, value in metrics.items()}
 
-    def draw_noise(self) -> Noise:
+    def draw_noise(self, phase: Phase) -> Noise:
         config = self.config
-        b, n, a = config.batch_size, config.cql_n_actions, self.action_dim
+        b, n, a, c = config.batch_size, config.cql_n_actions, self.action_dim, config.n_critics
+        n_cql = n if phase.cql_alpha else 0
         normal = functools.partial(torch.randn, device=self.device)
         return Noise(
             policy=normal(b, a),
-            current=normal(b, n, a),
-            next=normal(b, n, a),
+            current=normal(b, n_cql, a),
+            next=normal(b, n_cql, a),
             target=normal(b, n if config.cql_max_target_backup else 1, a),
-            random=torch.rand(b, n, a, device=self.device) * 2.0 - 1.0,
+            random=torch.rand(b, n_cql, a, device=self.device) * 2.0 - 1.0,
+            target_critics=torch.randint(c, (config.n_target_critics or 0,), device=self.device),
         )
 
-    def phase(self, online: bool) -> tuple[float, bool, bool]:
-        """What the next update's losses depend on besides data: cql_alpha, calibrated, cloning."""
+    def phase(self, online: bool) -> Phase:
+        """That of the next update."""
         config = self.config
-        cql_alpha = config.cql_alpha_online if online else config.cql_alpha
-        calibrated = config.calibrate and (config.calibrate_online or not online)
-        return cql_alpha, calibrated, self.updates < config.bc_steps
+        number = self.updates - config.offline_iterations + 1  # of an online update
+        only_offline = not online or config.bc_weight_online is None
+        bc_weight = config.bc_weight if only_offline else config.bc_weight_online
+        return Phase(
+            cql_alpha=config.cql_alpha_online if online else config.cql_alpha,
+            calibrated=config.calibrate and (config.calibrate_online or not online),
+            cloning=self.updates < config.bc_steps,
+            trains_actor=not online or number % config.actor_update_period == 0,
+            bc_weight=bc_weight,
+            n_cloned=config.n_offline(online) if bc_weight else 0,
+        )
 
     def compute_gradients(self, batch: Batch, online: bool) -> tuple[Gradients, Scalars]:
         """`gradients` of a batch with new noise, compiled if that is on."""
-        return self.compute(batch, self.draw_noise(), *self.phase(online))
+        phase = self.phase(online)
+        return self.compute(batch, self.draw_noise(phase), phase)
 
     def update(self, batch: Batch, online: bool) -> Scalars:
         """One gradient step: all gradients at the same parameters, then all of these move."""
@@ -468,16 +536,15 @@ class Agent(nn.Module):
         self.optimizer.zero_grad()  # a captured graph reuses the memory of gradients
         self.updates += 1
         if self.updates % self.config.target_update_period == 0:
-            targets = list(self.target_critic.parameters())
-            critics = list(self.critic.parameters())
+            critics = self.target_critic.parameters(), self.critic.parameters()
             with torch.no_grad():
-                torch._foreach_lerp_(targets, critics, self.config.soft_target_update_rate)
+                torch._foreach_lerp_(*map(list, critics), self.config.soft_target_update_rate)
         return metrics
 
     def needs_compiling(self, online: bool) -> bool:
         """Whether the next update begins with half a minute of compiling."""
         is_compiled = isinstance(self.compute, machine.Compiled)
-        return is_compiled and not self.compute.is_ready(*self.phase(online))
+        return is_compiled and not self.compute.is_ready(self.phase(online))
 
     def load_networks(self, checkpoint: dict[str, Any]) -> None:
         """Load networks, temperatures and, if the checkpoint has it, the optimizer's state."""
@@ -495,8 +562,7 @@ def q_metrics(qs: Tensor, policy_q: Tensor, returns_to_go: Tensor) -> Scalars:
     """
     n = policy_q.shape[-1] // 2
     below = (qs[..., 1 + n :] < returns_to_go[:, None]).float()
-    metrics = {  # [C] each
-        "average_qf": qs[..., 0].mean(-1),
+    return {  # [C] each
         "cql_q_rand": qs[..., 1 : 1 + n].mean((1, 2)),
         "cql_q_current_actions": policy_q[..., :n].mean((1, 2)),
         "cql_q_next_actions": policy_q[..., n:].mean((1, 2)),
@@ -504,9 +570,6 @@ def q_metrics(qs: Tensor, policy_q: Tensor, returns_to_go: Tensor) -> Scalars:
         "bound_rate_cql_q_next_actions": below[..., n:].mean((1, 2)),
         "cql_std_q": torch.cat([qs[..., : 1 + n], policy_q], -1).std(-1).mean(-1),
     }
-    if len(qs) > 2:
-        metrics["q_spread"] = qs[..., 0].std(0).mean()  # over critics, of the data's actions
-    return metrics
 
 
 # ---------------------------------------------------------------------------- returns-to-go
@@ -729,6 +792,7 @@ class Progress:
     evaluated_at: int = -1  # step of the last evaluation
     evaluations: int = 0  # those of the online phase, at multiples of eval_freq
     successes: float = 0.0  # sum of their success rates
+    warmup_end: int = 0  # step after which updates are made
 
 
 @dataclass
@@ -817,6 +881,8 @@ class Run:
         progress.episodes += 1
         progress.failures += not episode.success
         progress.steps_owed = len(episode.rewards)
+        if progress.step - self.config.offline_iterations < self.config.warmup_steps:
+            progress.warmup_end = progress.step + len(episode.rewards)
         transitions = to_transitions(episode, self.dataset, self.config.discount)
         self.online.add(transitions)
         if self.directory:
@@ -833,11 +899,11 @@ class Run:
 
     def sample(self, online: bool) -> Batch:
         """A batch of offline data; in the online phase `mixing_ratio` of it, the rest online."""
-        size = self.config.batch_size
+        n_offline = self.config.n_offline(online)
         if not online:
-            return self.dataset.sample(size)
-        n_offline = int(size * self.config.mixing_ratio)
-        batches = self.dataset.sample(n_offline), self.online.sample(size - n_offline)
+            return self.dataset.sample(n_offline)
+        n_online = self.config.batch_size - n_offline
+        batches = self.dataset.sample(n_offline), self.online.sample(n_online)
         return Batch(*(torch.cat(columns) for columns in zip(*batches)))
 
     def summary(self) -> str:
@@ -856,7 +922,8 @@ def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> R
     A new run starts with what `load_model` names. Raises `InputError` for wrong options and data.
     """
     device = machine.resolve_device(config.device, config.precision)
-    check_memory(config, task, device)
+    needed = machine.memory_needed(config, task.observation_dim, task.action_dim)
+    machine.check_memory(needed, device, config, NETWORKS + SIZES)
     data = task.data_file(config.dataset_path)
     torch.manual_seed(config.seed)
     agent = Agent(task.observation_dim, task.action_dim, config, device)
@@ -884,6 +951,8 @@ def train_step(run: Run, online: bool) -> None:
     """One step: an update offline, `online_utd_ratio` updates for an environment step online."""
     run.progress.step += 1
     run.progress.steps_owed -= online
+    if run.progress.step <= run.progress.warmup_end:
+        return
     for _ in range(run.config.online_utd_ratio if online else 1):
         run.metrics.add(run.agent.update(run.sample(online), online), run.progress.step)
 
@@ -930,14 +999,17 @@ def train(run: Run, log: Log, stop: StopSignals) -> None:
         if progress.step % config.log_freq == 0 or progress.step == config.total_steps:
             log.write_means(progress.step, run.metrics)
         if progress.step % config.log_freq == 0:  # at the end an extended run needs them
-            run.metrics.count = 0
+            run.metrics.reset()
 
 
 # ---------------------------------------------------------------------------- command line
-NETWORKS = "env hidden_dim n_critics q_n_hidden_layers actor_n_hidden_layers critic_layer_norm"
+NETWORKS = """env hidden_dim n_critics q_n_hidden_layers actor_n_hidden_layers
+    critic_layer_norm actor_layer_norm"""
+SIZES = " batch_size cql_n_actions buffer_size online_iterations"  # which take memory, too
 # What must hold between options, and the same in words.
 RANGES: Ranges = [
     ("discount", lambda x, c: x < 1 or not c.is_sparse_reward, "below 1 for is_sparse_reward"),
+    ("n_target_critics", lambda x, c: x is None or x <= c.n_critics, "n_critics or fewer"),
     ("mixing_ratio", lambda x, c: x < 1 or not c.online_iterations, "below 1 to train online"),
     ("cql_clip_diff_max", lambda x, c: x >= c.cql_clip_diff_min, "cql_clip_diff_min or more"),
 ]
@@ -956,20 +1028,6 @@ def identity(config: Config) -> dict[str, Any]:
 def run_name(config: Config) -> str:
     """Name of the run and its directory: equal for the same run, different for another."""
     return name_run(f"{config.name}-{config.env}-seed{config.seed}", identity(config))
-
-
-def check_memory(config: Config, task: Task, device: torch.device) -> None:
-    """Raise `InputError` where not even a lower bound of what the run needs fits into memory."""
-    hidden = config.hidden_dim
-    inputs = task.observation_dim + task.action_dim
-    critics = config.n_critics * hidden * (inputs + hidden * (config.q_n_hidden_layers - 1))
-    actor = hidden * (inputs + hidden * (config.actor_n_hidden_layers - 1))
-    rows = config.batch_size * (1 + 3 * config.cql_n_actions)
-    activations = config.n_critics * rows * hidden * config.q_n_hidden_layers  # for the gradient
-    stored = min(config.buffer_size, config.online_iterations) * (2 * inputs - task.action_dim + 3)
-    needed = 4 * (5 * critics + 4 * actor + activations + stored)  # gradients, Adam and targets too
-    names = f"{NETWORKS} batch_size cql_n_actions buffer_size online_iterations"
-    machine.check_memory(needed, device, {name: getattr(config, name) for name in names.split()})
 
 
 def main() -> None:

@@ -363,8 +363,7 @@ def load_checkpoint(
         state = torch.load(image, map_location=device, weights_only=True)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError("it was not written by this version of the code")
-        if isinstance(counts := state.get("counts"), dict) and "updates_owed" in counts:
-            counts["steps_owed"] = counts.pop("updates_owed")  # the name in older checkpoints
+        renew(state)
     except Exception as error:  # whatever the parts of torch.load raise on a broken file
         if getattr(error, "errno", None) in NO_FILE:
             raise InputError(f"{prefix}there is no checkpoint {path}") from None
@@ -375,6 +374,17 @@ def load_checkpoint(
     if form is not None:
         check_form(state, form, path, option)
     return state
+
+
+def renew(state: dict[str, Any]) -> None:
+    """Bring an older checkpoint's counts and metrics into today's form."""
+    counts = state.get("counts")
+    if isinstance(counts, dict) and "updates_owed" in counts:
+        counts["steps_owed"] = counts.pop("updates_owed")
+    metrics = state.get("metrics")
+    if isinstance(metrics, dict) and {"names", "count"} <= metrics.keys():
+        names, count = metrics.pop("names"), metrics.pop("count")
+        metrics["counts"] = dict.fromkeys(names, count) if count else {}
 
 
 # ---------------------------------------------------------------------------- forms
@@ -400,6 +410,7 @@ COUNTS = {  # which of a run's are not just 0 or more; older code's lack those t
     "evaluated_at": int,
     "evaluations": Maybe(at_least_0),
     "successes": Maybe(sum_of_shares),
+    "warmup_end": Maybe(at_least_0),
 }
 COUNTED = {  # what the directory itself adds and reads
     "format": int,
@@ -493,18 +504,17 @@ def load_model(
 
 
 def are_metrics(value: Any) -> bool:
-    """names, a count and, if that is not 0, a number for each name"""
-    if not isinstance(value, dict) or value.keys() != {"names", "count", "total", "bad_step"}:
+    """a count of 1 or more for each metric and, if there are any, a sum for each"""
+    if not isinstance(value, dict) or value.keys() != {"counts", "total", "bad_step"}:
         return False
-    names = value["names"]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    counts = value["counts"]
+    if not isinstance(counts, dict) or not all(isinstance(name, str) for name in counts):
         return False
-    sums = [value["total"], value["bad_step"]]
-    if not at_least_0(value["count"]):
+    if not all(at_least_0(count) and count for count in counts.values()):
         return False
-    return value["count"] == 0 or all(
-        torch.is_tensor(one) and one.is_floating_point() and one.shape == (len(names),)
-        for one in sums
+    return not counts or all(
+        torch.is_tensor(sums) and sums.is_floating_point() and sums.shape == (len(counts),)
+        for sums in (value["total"], value["bad_step"])
     )
 
 

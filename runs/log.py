@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 import wandb
 from torch import Tensor
 from tqdm import tqdm
@@ -19,38 +20,52 @@ from runs.errors import RunError, expand_home, open_regular
 
 
 class MeanMetrics:
-    """Mean of each metric since the last reset; it stays on the device until it is fetched."""
+    """Mean of each metric over the updates that had it since the last reset.
+
+    The sums stay on the device until they are fetched.
+    """
 
     def __init__(self):
-        self.names: list[str] = []
-        self.count = 0
+        self.counts: dict[str, int] = {}  # updates, by metric
         self.total: Optional[Tensor] = None  # [metrics]
         self.bad_step: Optional[Tensor] = None  # [metrics], the first that was not finite, or inf
 
+    @property
+    def updates(self) -> int:
+        return max(self.counts.values(), default=0)
+
+    def reset(self) -> None:
+        self.counts = {}
+
     def add(self, metrics: dict[str, Tensor], step: int) -> None:
-        if self.count and metrics.keys() != set(self.names):
-            print("the metrics are others than before: their averages begin anew")
-            self.count = 0
-        if self.count == 0:
-            self.names = list(metrics)
-        values = torch.stack([metrics[name] for name in self.names])
+        n_known = len(self.counts)
+        self.counts |= {name: self.counts.get(name, 0) + 1 for name in metrics}
+        absent = None
+        if len(metrics) < len(self.counts):
+            absent = torch.zeros_like(next(iter(metrics.values())))
+        values = torch.stack([metrics.get(name, absent) for name in self.counts])
         bad_step = torch.where(values.isfinite(), math.inf, float(step))
-        if self.count:
+        if n_known:
+            if new := len(values) - n_known:
+                self.total = F.pad(self.total, (0, new))
+                self.bad_step = F.pad(self.bad_step, (0, new), value=math.inf)
             values = self.total + values
             bad_step = torch.minimum(self.bad_step, bad_step)
         self.total = values
         self.bad_step = bad_step
-        self.count += 1
 
     def check(self) -> None:
         """Wait for the device; raise `RunError` where a metric was not finite."""
-        if self.count and not self.total.isfinite().all():
+        if self.counts and not self.total.isfinite().all():
             step, index = self.bad_step.min(0)
-            raise RunError(f"{self.names[index]} is not finite at step {step:.0f}")
+            raise RunError(f"{list(self.counts)[index]} is not finite at step {step:.0f}")
 
     def means(self) -> dict[str, float]:
         self.check()
-        return dict(zip(self.names, (self.total / self.count).tolist())) if self.count else {}
+        if not self.counts:
+            return {}
+        counts = torch.tensor(list(self.counts.values()), device=self.total.device)
+        return dict(zip(self.counts, (self.total / counts).tolist()))
 
 
 def name_per_critic(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -176,7 +191,7 @@ class Log:
     def write_means(self, step: int, metrics: MeanMetrics) -> None:
         """Add the update's metrics, averaged since their reset, and the rate of updates."""
         means = metrics.means()  # waits for the device
-        rate = metrics.count / (time.perf_counter() - self.interval_start)
+        rate = metrics.updates / (time.perf_counter() - self.interval_start)
         self.interval_start = time.perf_counter()
         self.shown["updates"] = f"{rate:.0f}/s"
         self.write(step, {**means, "updates_per_second": rate})

@@ -126,10 +126,24 @@ def rounds_to_bfloat16() -> bool:
     return bool((factor @ factor == 256.0).all())
 
 
-def check_memory(needed: float, device: torch.device, sizes: dict[str, int]) -> None:
-    """Raise `InputError` where the device has less than the bytes `needed` for options `sizes`."""
+def memory_needed(config: Any, observation_dim: int, action_dim: int) -> float:
+    """A lower bound of the bytes that a run of these options takes."""
+    hidden = config.hidden_dim
+    inputs = observation_dim + action_dim
+    critics = config.n_critics * hidden * (inputs + hidden * (config.q_n_hidden_layers - 1))
+    actor = hidden * (inputs + hidden * (config.actor_n_hidden_layers - 1))
+    offline = config.cql_alpha and config.offline_iterations
+    online = config.cql_alpha_online and config.online_iterations
+    rows = config.batch_size * (1 + (3 * config.cql_n_actions if offline or online else 0))
+    activations = config.n_critics * rows * hidden * config.q_n_hidden_layers  # for the gradient
+    stored = min(config.buffer_size, config.online_iterations) * (2 * inputs - action_dim + 3)
+    return 4.0 * (5 * critics + 4 * actor + activations + stored)  # gradients, Adam, targets too
+
+
+def check_memory(needed: float, device: torch.device, config: Any, names: str) -> None:
+    """Raise `InputError` where the device has less than the bytes `needed` for these options."""
     left = available_memory(device)
-    found = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    found = ", ".join(f"{name} {getattr(config, name)}" for name in names.split())
     if needed > left:
         raise InputError(
             f"{found}: found {left / 1e9:,.1f} GB of memory left on {device}, expected at least "
@@ -214,7 +228,7 @@ def compiles(wanted: Optional[bool], offline_updates: int) -> bool:
 
 
 class Compiled:
-    """A function of tensors (nested in tuples) and plain values, compiled into one graph.
+    """A function of tensors (nested in tuples) and, last, of plain values, compiled into one graph.
 
     On CUDA that is a captured graph. Where compiling fails, the function is called as it is.
     """
@@ -226,7 +240,7 @@ class Compiled:
         self.compiled: Optional[Callable] = torch.compile(function, **how)
         self.ready: set[tuple] = set()  # plain values that it has been called with
 
-    def is_ready(self, *values: Any) -> bool:
+    def is_ready(self, values: tuple) -> bool:
         """Whether a call with these plain values begins without compiling."""
         return self.compiled is None or values in self.ready
 
@@ -235,7 +249,7 @@ class Compiled:
             try:
                 torch.compiler.cudagraph_mark_step_begin()
                 result = self.compiled(*args)
-                self.ready.add(tuple(x for x in args if not isinstance(x, tuple)))
+                self.ready.add(args[-1])
                 return result
             except Exception as error:  # a compiler can raise any exception
                 reason = " ".join(str(error).split()[:40])

@@ -246,16 +246,21 @@ def read_config_file(path: str) -> dict[str, Optional[str]]:
 
 
 class ConfigParser(pyrallis.argparsing.ArgumentParser):
-    """pyrallis' command line over a YAML file over defaults; the values are read and checked here.
+    """pyrallis' command line over YAML files over defaults; the values are read and checked here.
 
     Raises `InputError` for an unknown option, a wrong type or an impossible value.
     """
 
     def __init__(self, config_class: type, ranges: Ranges):
-        epilog = "Of an option that is given twice the last counts."
+        epilog = "Of an option given twice the last value counts; --config_path adds to the others."
+        settings = dict(allow_abbrev=False, conflict_handler="resolve", epilog=epilog)
         # pyrallis would read the class' source anew for the comment of each option
         with mock.patch.object(inspect, "getsource", functools.cache(inspect.getsource)):
-            super().__init__(config_class=config_class, allow_abbrev=False, epilog=epilog)
+            super().__init__(config_class=config_class, **settings)
+        about = "YAML file of options. May be repeated: later files win over earlier ones, "
+        about += "the command line over all"
+        # in the place of pyrallis' own, which takes one file
+        self.add_argument("--config_path", action="append", metavar="path", help=about)
         self.add_argument("--_wandb", help=argparse.SUPPRESS)  # `wandb agent` adds it
         self.ranges = ranges
         # what begins so is a value, not an option
@@ -273,6 +278,17 @@ class ConfigParser(pyrallis.argparsing.ArgumentParser):
     def _postprocessing(self, parsed: argparse.Namespace) -> Any:
         given = vars(parsed)
         given.pop("_wandb", None)
-        options = read_config_file(given.pop("config_path")) if "config_path" in given else {}
+        options: dict[str, Optional[str]] = {}
+        files: dict[str, str] = {}  # for each option the file that its value is from
+        for path in given.pop("config_path", []):
+            found = read_config_file(path)
+            options |= found
+            files |= dict.fromkeys(found, path)
         options |= {name: resolve(text) for name, text in given.items()}
-        return make_config(self.config_class, self.ranges, options)
+        try:
+            return make_config(self.config_class, self.ranges, options)
+        except InputError as error:
+            name = str(error).partition(":")[0]
+            if name in given or name not in files:
+                raise
+            raise InputError(f"{error} (in {shortened(repr(files[name]))})") from None

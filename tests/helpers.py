@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import cal_ql
-from cal_ql import Agent, Batch, Config, Noise
+from cal_ql import Agent, Batch, Config, Noise, Phase
 from runs.errors import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -352,13 +352,21 @@ def make_batch(seed: int = 0) -> Batch:
     return Batch(*(torch.tensor(column, dtype=torch.float64) for column in columns))
 
 
-def make_noise(config: Config, seed: int = 0) -> Noise:
-    """All that an update of that agent's batch draws, in float64."""
+def make_phase(**changed: Any) -> Phase:
+    """That of an offline update in which everything is trained; `changed` replaces its fields."""
+    phase = dict(cql_alpha=5.0, calibrated=True, cloning=False, trains_actor=True)
+    return Phase(**phase | dict(bc_weight=0.0, n_cloned=0) | changed)
+
+
+def make_noise(config: Config, seed: int = 0, n: int = N) -> Noise:
+    """All that an update of that agent's batch draws, in float64; n is 0 without a regularizer."""
     generator = torch.Generator().manual_seed(seed)
     n_target = N if config.cql_max_target_backup else 1
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    uniform = torch.rand((B, N, A), generator=generator, dtype=torch.float64) * 2 - 1
-    return Noise(normal(B, A), normal(B, N, A), normal(B, N, A), normal(B, n_target, A), uniform)
+    uniform = torch.rand((B, n, A), generator=generator, dtype=torch.float64) * 2 - 1
+    normals = normal(B, A), normal(B, n, A), normal(B, n, A), normal(B, n_target, A)
+    drawn = torch.randint(config.n_critics, (config.n_target_critics or 0,), generator=generator)
+    return Noise(*normals, uniform, drawn)

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -26,7 +27,17 @@ import yaml
 
 import cal_ql
 import tasks
-from helpers import ROOT, SMALL, call, error_line, finish, parse, start_run, write_dataset
+from helpers import (
+    ROOT,
+    SMALL,
+    call,
+    error_line,
+    finish,
+    only_run,
+    parse,
+    start_run,
+    write_dataset,
+)
 from tasks.d4rl import D4RL
 
 
@@ -56,6 +67,8 @@ DEFAULTS = yaml.safe_load("""{
     q_n_hidden_layers: 2, actor_n_hidden_layers: 3, hidden_dim: 256,
     critic_layer_norm: false, reward_scale: 1.0, reward_bias: 0.0, is_sparse_reward: false,
     mixing_ratio: 0.5, online_utd_ratio: 1, dataset_path: null, n_critics: 2,
+    n_target_critics: null, actor_update_period: 1, warmup_steps: 0, target_entropy: null,
+    actor_layer_norm: false, bc_weight: 0.0, bc_weight_online: null,
     log_freq: 1000, project: CORL, group: Cal-QL-D4RL, name: Cal-QL}""")
 
 CORL = yaml.safe_load("""{
@@ -142,6 +155,38 @@ def test_our_files_hold_the_published_hyper_parameters(name: str) -> None:
     assert (config["device"], config["calibrate"], config["calibrate_online"]) == ("auto", 1, 1)
 
 
+ENSEMBLE = {"n_critics": 10, "n_target_critics": 2}
+ENSEMBLE |= {"critic_layer_norm": True, "actor_layer_norm": True}
+WARM_START = {"warmup_steps": 5000, "online_utd_ratio": 4, "actor_update_period": 4}
+METHODS = {
+    "cql": {"calibrate": False},
+    "wsrl": {**ENSEMBLE, **WARM_START, "cql_alpha_online": 0.0, "mixing_ratio": 0.0},
+    "rlpd": {**ENSEMBLE, **WARM_START, "cql_alpha_online": 0.0, "mixing_ratio": 0.5}
+    | {"offline_iterations": 0, "cql_alpha": 0.0},
+}
+
+
+@pytest.mark.parametrize("task", [path.stem for path in (ROOT / "configs").glob("*.yaml")])
+def test_a_methods_file_goes_over_every_tasks_config(task: str) -> None:
+    files = {path.stem: path for path in (ROOT / "configs" / "methods").glob("*.yaml")}
+    assert set(files) == set(METHODS)
+    options = "--config_path", ROOT / "configs" / f"{task}.yaml", "--config_path"
+    of_the_task = dataclasses.asdict(parse(*options[:2]))
+    for method, path in files.items():
+        assert set(yaml.safe_load(path.read_text())) == set(METHODS[method])
+        assert dataclasses.asdict(parse(*options, path)) == of_the_task | METHODS[method]
+
+
+def test_the_commands_that_explain_the_methods_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    pages = [Path("docs/methods.md"), *Path("configs/methods").iterdir()]
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
+    commands = re.findall(r"python cal_ql\.py (--config_path .*)", text)
+    assert len(commands) == 8
+    for command in commands:
+        parse(*shlex.split(command, comments=True))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_names_a_real_task(path: Path) -> None:
     tasks.make(parse("--config_path", path).env)
@@ -154,6 +199,24 @@ def test_the_command_line_goes_over_the_file_over_the_defaults(tmp_path: Path) -
     config = parse("--config_path", path, *options)
     assert (config.seed, config.eval_seed, config.discount) == (3, 5, 0.99)
     assert config.checkpoints_path is None and config.cql_clip_diff_min == -math.inf
+
+
+def test_a_later_config_file_goes_over_an_earlier_one(folder: Path) -> None:
+    """By the real command line, and so that what a run writes is what it did."""
+    (folder / "task.yaml").write_text("batch_size: 12\ncql_alpha: 7.0\n")
+    (folder / "method.yaml").write_text("cql_alpha: 3.0\ncalibrate: false\nqf_lr: 1e-3\n")
+    files = [*SMALL, "--config_path", "task.yaml", "--config_path", "method.yaml"]
+    files = [word for word in files if word not in ("--batch_size", "16")]
+    options = [*files, "--qf_lr", 2e-3, "--online_iterations", 0, "--checkpoints_path", "runs"]
+    result = finish(start_run(folder, *options))
+    assert result.returncode == 0, result.stderr
+    config = yaml.safe_load((only_run(folder / "runs") / "config.yaml").read_text())
+    found = [config[name] for name in ("batch_size", "cql_alpha", "calibrate", "qf_lr")]
+    assert found == [12, 3.0, False, 2e-3]
+    (folder / "method.yaml").write_text("cql_alfa: 3.0\n")
+    line = error_line(finish(start_run(folder, *files)))
+    assert "cql_alfa: there is no such option; close matches: cql_alpha" in line
+    assert "(in 'method.yaml')" in line
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -177,6 +240,13 @@ BAD_OPTIONS = {
     "--policy_lr 0": "policy_lr",
     "--cql_clip_diff_max -300 --cql_clip_diff_min -200": "cql_clip_diff_max",
     "--is_sparse_reward true --discount 1": "discount",
+    "--n_target_critics 0": "n_target_critics: found",
+    "--n_critics 4 --n_target_critics 5": "n_target_critics: found",
+    "--actor_update_period 0": "actor_update_period: found",
+    "--warmup_steps -1": "warmup_steps: found",
+    "--target_entropy .inf": "target_entropy: found",
+    "--bc_weight -1": "bc_weight: found",
+    "--bc_weight_online -1": "bc_weight_online: found",
     "--config_path nowhere.yaml": "nowhere.yaml",
     "--config_path .": "config_path",
     "--config_path=": "config_path",

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.utils
+import yaml
 from torch import Tensor
 
 import cal_ql
@@ -47,6 +48,9 @@ pytestmark = pytest.mark.skipif(
 
 S, A, B = 29, 8, 64
 SHORT = ["--offline_iterations", 40, "--online_iterations", 0, "--eval_freq", 1000]
+# an update after another method's: no regularizer online, many critics, the actor waits
+OTHER = """--n_critics 10 --n_target_critics 2 --critic_layer_norm true --actor_layer_norm true
+    --cql_alpha_online 0 --actor_update_period 2 --bc_weight 0.5""".split()
 # steps that change no weight
 STILL = ["--policy_lr", 1e-30, "--qf_lr", 1e-30, "--soft_target_update_rate", 0]
 
@@ -94,24 +98,24 @@ def make_batch(number: int) -> Batch:
     return Batch(normal(B, S), normal(B, A).tanh(), normal(B), normal(B, S), terminals, normal(B))
 
 
-def make_noise(agent: Agent, number: int) -> Noise:
+def make_noise(agent: Agent, number: int, online: bool) -> Noise:
     torch.manual_seed(number)
     device, agent.device = agent.device, CPU
-    noise = agent.draw_noise()
+    noise = agent.draw_noise(agent.phase(online))
     agent.device = device
     return noise
 
 
-def updates(agent: Agent, count: int) -> list[dict[str, Tensor]]:
+def updates(agent: Agent, count: int, online: bool) -> list[dict[str, Tensor]]:
     """The gradients of so many updates, and after these the parameters, by their names."""
     results = []
     for number in range(count):
         batch = Batch(*(column.to(agent.device) for column in make_batch(number)))
-        noise = Noise(*(draw.to(agent.device) for draw in make_noise(agent, number)))
-        agent.draw_noise = lambda noise=noise: noise
-        gradients, _ = agent.compute_gradients(batch, online=False)
+        noise = Noise(*(draw.to(agent.device) for draw in make_noise(agent, number, online)))
+        agent.draw_noise = lambda phase, noise=noise: noise
+        gradients, _ = agent.compute_gradients(batch, online)
         results.append({k: v.clone() for k, v in flatten_gradients(gradients).items()})
-        agent.update(batch, online=False)
+        agent.update(batch, online)
         del agent.draw_noise
     return [*results, dict(agent.named_parameters())]
 
@@ -129,14 +133,28 @@ def flatten_gradients(gradients: cal_ql.Gradients) -> dict[str, Tensor]:
 OF_GRADIENTS = 20
 
 
+precisions = pytest.mark.parametrize("precision, most", [("float32", 1e-4), ("tf32", 1e-2)])
+
+
 @pytest.mark.parametrize("lagrange", [False, True])
 @pytest.mark.parametrize("importance", [False, True])
-@pytest.mark.parametrize("precision, most", [("float32", 1e-4), ("tf32", 1e-2)])
+@precisions
 def test_five_updates_are_those_of_a_cpu(precision, most, importance, lagrange):
-    set_precision(precision)
     options = dict(cql_importance_sample=importance, cql_lagrange=lagrange)
     options |= dict(cql_max_target_backup=True, backup_entropy=True)
-    pairs = zip(*(updates(make_agent(device, **options), 5) for device in (DEVICE, CPU)))
+    compare_with_a_cpu(precision, most, options, online=False)
+
+
+@precisions
+def test_five_updates_of_other_methods_are_those_of_a_cpu(precision, most):
+    names = [word.removeprefix("--") for word in OTHER[::2]]
+    options = dict(zip(names, map(yaml.safe_load, OTHER[1::2])))
+    compare_with_a_cpu(precision, most, options, online=True)
+
+
+def compare_with_a_cpu(precision: str, most: float, options: dict, online: bool) -> None:
+    set_precision(precision)
+    pairs = zip(*(updates(make_agent(device, **options), 5, online) for device in (DEVICE, CPU)))
     far = {
         (number, name): difference
         for number, (found, expected) in enumerate(pairs)
@@ -185,16 +203,17 @@ def test_waiting_raises():
         torch.zeros(1, device=DEVICE).item()
 
 
-def test_compiled_updates_are_the_eager_ones_and_neither_waits(folder):
+@pytest.mark.parametrize("options", [[], OTHER], ids=["the defaults", "other methods"])
+def test_compiled_updates_are_the_eager_ones_and_neither_waits(options, folder):
     write_dataset(Path("data.hdf5"))
-    precision = ["--precision", "float32"]
-    eager = make_run(*precision, "--compile", False)
-    compiled = make_run(*precision, "--compile", True)
+    options = [*options, "--precision", "float32"]
+    eager = make_run(*options, "--compile", False)
+    compiled = make_run(*options, "--compile", True)
     for online in (False, True):
         for run in (eager, compiled):
-            train_steps(run, range(4), online)  # compiled, recorded, and replayed
+            train_steps(run, range(6), online)  # of each kind compiled, recorded, and replayed
             with waiting_raises():
-                train_steps(run, range(4, 8), online)
+                train_steps(run, range(6, 10), online)
     assert compiled.agent.compute.compiled  # and not given up
     if ON_CUDA:
         assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]

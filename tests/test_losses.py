@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cal_ql import Agent, Batch, Config, Noise, Sample
-from helpers import A, B, N, S, make_agent, make_batch, make_noise
-
-CQL_ALPHA = 5.0
+from cal_ql import Agent, Batch, Config, Noise, Phase, Sample
+from helpers import A, B, N, S, make_agent, make_batch, make_noise, make_phase
 
 COMBINATIONS = [
     (dict(cql_importance_sample=i, cql_lagrange=lagrange, cql_max_target_backup=m), calibrated)
@@ -31,6 +29,30 @@ OPTIONS = {
     "one critic": dict(n_critics=1, cql_lagrange=True, cql_target_action_gap=0.8),
     "four critics": dict(n_critics=4, cql_lagrange=True, cql_max_target_backup=True),
     "gap and discount": dict(cql_lagrange=True, cql_target_action_gap=0.8, discount=0.5),
+    "target entropy": dict(target_entropy=-0.3),
+    "normalised actor": dict(actor_layer_norm=True),
+    "one target critic": dict(n_target_critics=1, cql_max_target_backup=True),
+    "three of four target critics": dict(n_critics=4, n_target_critics=3, backup_entropy=True),
+}
+NO_REGULARIZER = dict(cql_alpha=0.0)
+# in these, something else of the phase differs, too
+PHASES = {
+    "cloning": ({}, dict(cloning=True)),
+    "actor waits": (dict(cql_lagrange=True), dict(trains_actor=False)),
+    "no regularizer": ({}, NO_REGULARIZER),
+    "no regularizer, with a multiplier": (dict(cql_lagrange=True), NO_REGULARIZER),
+    "two of ten target critics": (
+        dict(n_critics=10, n_target_critics=2, critic_layer_norm=True),
+        NO_REGULARIZER | dict(calibrated=False),
+    ),
+    "no regularizer, actor waits": ({}, NO_REGULARIZER | dict(trains_actor=False)),
+    "behaviour cloning": ({}, dict(bc_weight=0.7, n_cloned=B)),
+    "behaviour cloning of offline rows": (
+        dict(use_automatic_entropy_tuning=False, alpha_multiplier=0.7),
+        NO_REGULARIZER | dict(bc_weight=2.0, n_cloned=B // 2),
+    ),
+    "behaviour cloning without offline rows": ({}, dict(bc_weight=0.7, n_cloned=0)),
+    "behaviour cloning while cloning": ({}, dict(cloning=True, bc_weight=0.7, n_cloned=B)),
 }
 
 
@@ -59,11 +81,11 @@ def mlp(x: np.ndarray, layers: list[tuple[np.ndarray, ...]]) -> np.ndarray:
 class Formulas:
     """Each loss as a function of the parameters it trains (`own`); all others are `held`."""
 
-    def __init__(self, own, held, batch, noise, config, calibrated, cloning):
-        self.own, self.held, self.config = own, held, config
+    def __init__(self, own, held, batch, noise, config, phase):
+        self.own, self.held, self.config, self.phase = own, held, config, phase
         self.batch = Batch(*(column.numpy() for column in batch))
         self.noise = Noise(*(draw.numpy() for draw in noise))
-        self.calibrated, self.cloning = calibrated, cloning
+        self.critics = range(config.n_critics)
 
     def q(self, parameters, network, critic, state, action) -> float:
         count = sum(name.startswith(f"{network}.weights") for name in parameters)
@@ -78,8 +100,12 @@ class Formulas:
 
     def gaussian(self, parameters, state) -> tuple[np.ndarray, np.ndarray]:
         count = sum(name.startswith("actor.layers") for name in parameters) // 2
-        names = [f"actor.layers.{i}" for i in range(count)]
-        outputs = mlp(state, [(parameters[f"{n}.weight"], parameters[f"{n}.bias"]) for n in names])
+        layers = []
+        for i in range(count):
+            names = f"layers.{i}.weight", f"layers.{i}.bias", f"norms.{i}.weight", f"norms.{i}.bias"
+            found = [parameters[f"actor.{n}"] for n in names if f"actor.{n}" in parameters]
+            layers.append(tuple(found))
+        outputs = mlp(state, layers)
         scale, offset = parameters["actor.log_std_multiplier"], parameters["actor.log_std_offset"]
         return outputs[:A], np.exp(np.clip(scale * outputs[A:] + offset, -20.0, 2.0))
 
@@ -106,10 +132,8 @@ class Formulas:
         state, best, bonus = self.batch.next_observations[b], -math.inf, 0.0
         for noise in self.noise.target[b]:
             action, log_density = self.sample(self.held, state, noise)
-            value = min(
-                self.q(self.held, "target", critic, state, action)
-                for critic in range(self.config.n_critics)
-            )
+            drawn = self.noise.target_critics if self.config.n_target_critics else self.critics
+            value = min(self.q(self.held, "target", critic, state, action) for critic in drawn)
             if value > best:
                 best, bonus = value, -self.alpha() * log_density
         value = best + bonus if self.config.backup_entropy else best
@@ -130,7 +154,7 @@ class Formulas:
             for noise in draws:
                 action, log_density = self.sample(self.held, source, noise)
                 value = self.q(parameters, "critic", critic, state, action)
-                if self.calibrated:
+                if self.phase.calibrated:
                     value = max(value, self.batch.returns_to_go[b])
                 values.append(value - log_density if weighted else value)
         data_value = self.q(parameters, "critic", critic, state, self.batch.actions[b])
@@ -144,13 +168,16 @@ class Formulas:
     def excess(self, parameters) -> list[float]:
         gap = self.config.cql_target_action_gap if self.config.cql_lagrange else 0.0
         return [
-            CQL_ALPHA * (np.mean([self.difference(parameters, critic, b) for b in range(B)]) - gap)
-            for critic in range(self.config.n_critics)
+            self.phase.cql_alpha
+            * (np.mean([self.difference(parameters, critic, b) for b in range(B)]) - gap)
+            for critic in self.critics
         ]
 
     def critic_loss(self) -> float:
-        total = sum(self.alpha_prime(self.held) * excess for excess in self.excess(self.own))
-        for critic, b in itertools.product(range(self.config.n_critics), range(B)):
+        total = 0.0
+        if self.phase.cql_alpha:
+            total = sum(self.alpha_prime(self.held) * excess for excess in self.excess(self.own))
+        for critic, b in itertools.product(self.critics, range(B)):
             state, action = self.batch.observations[b], self.batch.actions[b]
             total += (self.q(self.own, "critic", critic, state, action) - self.target(b)) ** 2 / B
         return total
@@ -164,21 +191,27 @@ class Formulas:
             self.batch.observations, self.batch.actions, self.noise.policy
         ):
             action, log_density = self.sample(self.own, state, noise)
-            if self.cloning:
-                inside = np.clip(data_action, -1 + 1e-6, 1 - 1e-6)
-                value = self.log_density(self.own, state, np.arctanh(inside))
+            if self.phase.cloning:
+                value = self.data_log_density(state, data_action)
             else:
-                value = min(
-                    self.q(self.held, "critic", critic, state, action)
-                    for critic in range(self.config.n_critics)
-                )
+                qs = [self.q(self.held, "critic", i, state, action) for i in self.critics]
+                value = min(qs)
             total += (self.alpha() * log_density - value) / B
+        offline = [*zip(self.batch.observations, self.batch.actions)][: self.phase.n_cloned]
+        for state, data_action in offline:
+            log_density = self.data_log_density(state, data_action)
+            total -= self.phase.bc_weight * log_density / len(offline)
         return total
+
+    def data_log_density(self, state, action) -> float:
+        inside = np.clip(action, -1 + 1e-6, 1 - 1e-6)
+        return self.log_density(self.own, state, np.arctanh(inside))
 
     def alpha_loss(self) -> float:
         pairs = zip(self.batch.observations, self.noise.policy)
         mean = np.mean([self.sample(self.held, state, noise)[1] for state, noise in pairs])
-        return float(-self.own["log_alpha"] * (mean - A))
+        target = -A if self.config.target_entropy is None else self.config.target_entropy
+        return float(-self.own["log_alpha"] * (mean + target))
 
 
 # ----------------------------------------------------------------------------------- the tests
@@ -186,15 +219,29 @@ class Formulas:
 SCENARIOS = [
     pytest.param(
         options,
-        calibrated,
-        False,
+        dict(calibrated=calibrated),
         id=" ".join([*filter(options.get, options), f"calibrate={calibrated}"]),
     )
     for options, calibrated in COMBINATIONS
 ]
-SCENARIOS += [pytest.param(options, True, False, id=name) for name, options in OPTIONS.items()]
-SCENARIOS.append(pytest.param({}, True, True, id="cloning"))
-scenarios = pytest.mark.parametrize("options, calibrated, cloning", SCENARIOS)
+SCENARIOS += [pytest.param(options, {}, id=name) for name, options in OPTIONS.items()]
+SCENARIOS += [pytest.param(*scenario, id=name) for name, scenario in PHASES.items()]
+scenarios = pytest.mark.parametrize("options, changed", SCENARIOS)
+
+
+def make_update(options: dict, changed: dict) -> tuple[Agent, Batch, Noise, Phase]:
+    """The agent of these options, and what its losses take in a phase changed so."""
+    agent, phase = make_agent(**options), make_phase(**changed)
+    return agent, make_batch(), make_noise(agent.config, n=N if phase.cql_alpha else 0), phase
+
+
+def losses_trained(agent: Agent, phase: Phase) -> set[str]:
+    names = {"critic"}
+    if phase.trains_actor:
+        names |= {"actor", "alpha"} if agent.config.use_automatic_entropy_tuning else {"actor"}
+    if agent.config.cql_lagrange and phase.cql_alpha:
+        names.add("alpha_prime")
+    return names
 
 
 def trained_by(agent: Agent, loss: str) -> dict[str, Tensor]:
@@ -205,22 +252,22 @@ def trained_by(agent: Agent, loss: str) -> dict[str, Tensor]:
 
 
 @scenarios
-def test_losses_equal_the_formulas(options, calibrated, cloning):
-    agent, batch = make_agent(**options), make_batch()
-    noise = make_noise(agent.config)
-    losses, _ = agent.losses(batch, noise, CQL_ALPHA, calibrated, cloning)
+def test_losses_equal_the_formulas(options, changed):
+    agent, batch, noise, phase = make_update(options, changed)
+    losses, _ = agent.losses(batch, noise, phase)
+    assert losses.keys() == losses_trained(agent, phase)
     values = {name: value.detach().numpy() for name, value in named_parameters(agent).items()}
-    formulas = Formulas(values, values, batch, noise, agent.config, calibrated, cloning)
+    formulas = Formulas(values, values, batch, noise, agent.config, phase)
     for name in losses:
         expected = getattr(formulas, f"{name}_loss")()
         assert losses[name].item() == pytest.approx(expected, rel=1e-9, abs=1e-9), name
 
 
 @scenarios
-def test_gradients_equal_finite_differences(options, calibrated, cloning):
-    agent, batch = make_agent(**options), make_batch()
-    noise, random = make_noise(agent.config), np.random.default_rng(0)
-    losses, _ = agent.losses(batch, noise, CQL_ALPHA, calibrated, cloning)
+def test_gradients_equal_finite_differences(options, changed):
+    agent, batch, noise, phase = make_update(options, changed)
+    random = np.random.default_rng(0)
+    losses, _ = agent.losses(batch, noise, phase)
     held = {name: value.detach().numpy() for name, value in named_parameters(agent).items()}
     for loss in losses:
         trained = trained_by(agent, loss)
@@ -232,18 +279,28 @@ def test_gradients_equal_finite_differences(options, calibrated, cloning):
                 for step in (1e-6, -1e-6):
                     own = held | {name: held[name].copy()}
                     own[name].flat[entry] += step
-                    formulas = Formulas(own, held, batch, noise, agent.config, calibrated, cloning)
+                    formulas = Formulas(own, held, batch, noise, agent.config, phase)
                     shifted.append(getattr(formulas, f"{loss}_loss")())
                 expected = (shifted[0] - shifted[1]) / 2e-6
                 found = gradient.flatten()[entry].item()
                 assert found == pytest.approx(expected, rel=1e-6, abs=1e-6), (loss, name, entry)
 
 
-@pytest.mark.parametrize("cloning", [False, True])
-def test_no_loss_reaches_what_it_does_not_train(cloning):
+@scenarios
+def test_gradients_lie_in_memory_as_their_parameters(options, changed):
+    """Where they do not, torch's fused Adam on a CPU takes a wrong step and does not say so."""
+    agent, batch, noise, phase = make_update(options, changed)
+    gradients, _ = agent.gradients(batch, noise, phase)
+    for loss, values in gradients.items():
+        strides = [value.stride() for value in values]
+        assert strides == [parameter.stride() for parameter in agent.learned[loss]], loss
+
+
+@pytest.mark.parametrize("changed", [{}, dict(cloning=True), dict(bc_weight=0.7, n_cloned=B)])
+def test_no_loss_reaches_what_it_does_not_train(changed):
     """The policy's loss reaches the critics, on which it is built, but no optimizer takes that."""
-    agent, batch = make_agent(cql_lagrange=True, backup_entropy=True), make_batch()
-    losses, _ = agent.losses(batch, make_noise(agent.config), CQL_ALPHA, True, cloning)
+    agent, *arguments = make_update(dict(cql_lagrange=True, backup_entropy=True), changed)
+    losses, _ = agent.losses(*arguments)
     for loss in losses:
         trained = trained_by(agent, loss)
         others = {
@@ -258,16 +315,16 @@ def test_no_loss_reaches_what_it_does_not_train(cloning):
 
 
 def test_the_batch_has_values_on_both_sides_of_the_bound():
-    agent, batch = make_agent(), make_batch()
-    _, metrics = agent.losses(batch, make_noise(agent.config), CQL_ALPHA, True, False)
+    agent, *arguments = make_update({}, {})
+    _, metrics = agent.losses(*arguments)
     rates = [value.item() for name, value in metrics.items() if name.startswith("bound_rate")]
     assert len(rates) == 4 and all(0.1 < rate < 0.9 for rate in rates)
 
 
 def test_the_multiplier_stops_at_a_million():
-    agent, batch = make_agent(cql_lagrange=True), make_batch()
+    agent, *arguments = make_update(dict(cql_lagrange=True), {})
     agent.log_alpha_prime.data.fill_(20.0)
-    losses, metrics = agent.losses(batch, make_noise(agent.config), CQL_ALPHA, True, False)
+    losses, metrics = agent.losses(*arguments)
     assert metrics["alpha_prime"] == 1e6
     (gradient,) = torch.autograd.grad(losses["alpha_prime"], agent.log_alpha_prime)
     assert gradient == 0
@@ -286,7 +343,10 @@ def test_large_values_stay_finite_in_float32(weighted, level, monkeypatch):
     monkeypatch.setattr(agent.critic, "forward", lambda *_: qs)
     sample = Sample(torch.zeros(B, 2 * N, A), torch.tensor(log_density, dtype=torch.float32))
     next_sample = Sample(torch.zeros(B, 1, A), torch.zeros(B, 1))
-    _, metrics = agent.critic_loss(batch, torch.zeros(B, N, A), sample, next_sample, 1.0, False)
+    phase = make_phase(cql_alpha=1.0, calibrated=False)
+    all_critics = torch.zeros(0, dtype=torch.int64)
+    random_actions = torch.zeros(B, N, A)
+    _, metrics = agent.critic_loss(batch, random_actions, sample, next_sample, all_critics, phase)
     if weighted:
         values = np.concatenate([uniform + A * math.log(2), policy - log_density], -1)
     else:
@@ -300,9 +360,9 @@ def test_large_values_stay_finite_in_float32(weighted, level, monkeypatch):
 def test_drawn_noise_has_the_shapes_and_the_distributions(best):
     torch.manual_seed(0)
     config = Config(batch_size=1000, cql_n_actions=5, cql_max_target_backup=best, hidden_dim=2)
-    noise = Agent(S, A, config, torch.device("cpu")).draw_noise()
+    noise = Agent(S, A, config, torch.device("cpu")).draw_noise(make_phase())
     shapes = [(1000, A), (1000, 5, A), (1000, 5, A), (1000, 5 if best else 1, A), (1000, 5, A)]
-    assert [tuple(draw.shape) for draw in noise] == shapes
+    assert [tuple(draw.shape) for draw in noise] == [*shapes, (0,)]
     for draw in noise[:4]:
         assert abs(draw.mean().item()) < 0.1
         assert abs(draw.std().item() - 1) < 0.1
@@ -310,13 +370,50 @@ def test_drawn_noise_has_the_shapes_and_the_distributions(best):
     assert noise.random.min() >= -1 and noise.random.max() <= 1
     counts = torch.histc(noise.random, bins=10, min=-1, max=1)
     assert torch.all((counts - 1000).abs() < 200)
-    assert len({draw.flatten()[0].item() for draw in noise}) == 5
+    assert len({draw.flatten()[0].item() for draw in noise[:5]}) == 5
+
+
+def small_agent(**options) -> Agent:
+    sizes = dict(batch_size=2, cql_n_actions=1, hidden_dim=2, compile=False)
+    return Agent(S, A, Config(**sizes | options), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("cql_alpha", [5.0, 0.0])
+def test_target_critics_are_drawn_uniformly_with_replacement(cql_alpha):
+    torch.manual_seed(0)
+    agent, phase = small_agent(n_critics=4, n_target_critics=2), make_phase(cql_alpha=cql_alpha)
+    pairs = torch.stack([agent.draw_noise(phase).target_critics for _ in range(1600)])
+    assert pairs.dtype == torch.int64
+    counts = torch.bincount(4 * pairs[:, 0] + pairs[:, 1])
+    assert len(counts) == 16 and torch.all((counts - 100).abs() < 50)
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_noise_is_drawn_in_one_order_and_no_more_of_it_than_is_used(n):
+    """Without a regularizer nothing for its actions, and no critics where the target has them all.
+
+    So a run of the defaults draws what it drew before there were such options.
+    """
+    agent = small_agent(batch_size=8, cql_n_actions=2)
+    torch.manual_seed(0)
+    noise = agent.draw_noise(make_phase(cql_alpha=float(n)))
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    shapes = [(8, A)] + ([(8, 2, A)] * 2 if n else []) + [(8, 1, A)]
+    expected = [torch.randn(shape) for shape in shapes]
+    if n:
+        expected.append(torch.rand(8, 2, A) * 2 - 1)
+    assert torch.equal(torch.get_rng_state(), after)
+    drawn = [draw for draw in noise if draw.numel()]
+    assert all(torch.equal(*pair) for pair in zip(drawn, expected)) and len(drawn) == len(expected)
+    if not n:
+        assert {draw.shape for draw in (noise.current, noise.next, noise.random)} == {(8, 0, A)}
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_metrics_have_corls_names_for_two_critics_and_the_spread_of_more(n):
-    agent, batch = make_agent(n_critics=n), make_batch()
-    _, metrics = agent.losses(batch, make_noise(agent.config), CQL_ALPHA, True, False)
+    agent, batch, noise, phase = make_update(dict(n_critics=n), {})
+    _, metrics = agent.losses(batch, noise, phase)
     assert all(value.shape == () for value in metrics.values())
     assert ("cql_q2_rand" in metrics) == (n > 1) and "qf3_loss" not in metrics
     qs = agent.critic(batch.observations, batch.actions[:, None]).detach().numpy()[..., 0]

@@ -415,6 +415,60 @@ def test_methods_are_named_by_what_differs(tmp_path, options, expected):
     assert [run.method for run in report.label_methods(runs)] == expected and not problems
 
 
+def files_options(*names: str, **changed) -> dict:
+    """The options in the configs of these names, the later over the earlier ones."""
+    files = [yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in names]
+    options = {key: value for file in files for key, value in file.items()}
+    return options | {"env": MAZE, "offline_iterations": 20, "online_iterations": 20} | changed
+
+
+FOUR = [
+    files_options("antmaze"),
+    files_options("antmaze", "methods/cql"),
+    files_options("antmaze", "methods/wsrl"),
+    files_options("antmaze", "methods/rlpd", offline_iterations=0),
+]
+WSRL, RLPD = FOUR[2:]
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (FOUR, ["Cal-QL", "CQL", "WSRL", "RLPD"]),
+        ([*FOUR[::2], WSRL | {"n_critics": 5}], ["Cal-QL", "WSRL", "WSRL, 5 critics"]),
+        ([*FOUR, FOUR[0] | {"n_critics": 10}],
+         ["Cal-QL", "CQL", "WSRL", "RLPD", "Cal-QL, 10 critics"]),
+        ([FOUR[0], WSRL | {"policy_lr": 1.0}], ["Cal-QL, policy_lr 0.0001", "WSRL, policy_lr 1"]),
+        ([WSRL, WSRL | {"cql_alpha": 1.0}, WSRL | {"cql_alpha": 1.0, "discount": 0.5}],
+         ["WSRL, cql_alpha 5", "WSRL", "WSRL, discount 0.5"]),
+        ([FOUR[0], FOUR[0] | {"bc_weight": 5.0}], ["Cal-QL", "Cal-QL, bc_weight 5"]),
+        ([FOUR[0], FOUR[0] | {"cql_alpha_online": 0.0}, FOUR[1]],
+         ["Cal-QL", "Cal-QL, no regularizer online", "CQL"]),
+        ([FOUR[0], RLPD | {"n_target_critics": 1, "calibrate": False}],
+         ["Cal-QL", "RLPD, n_target_critics 1, calibrate false"]),
+        ([WSRL | {"calibrate": False}], ["WSRL, calibrate false"]),  # pre-trained by CQL
+        ([FOUR[0], WSRL | {"load_model": "x.pt", "offline_iterations": 0}],
+         ["Cal-QL, offline_iterations 20", "WSRL, no offline phase, from a checkpoint"]),
+        ([FOUR[0], WSRL | {"name": "mine"}, WSRL | {"name": "WSRL"}], None),
+        # what lacks a part of a method is not called so
+        ([FOUR[0], WSRL | {"n_critics": 2}], None),
+        ([FOUR[0], WSRL | {"warmup_steps": 0}], None),
+        ([FOUR[0], WSRL | {"mixing_ratio": 0.5}], None),
+        ([FOUR[0], RLPD | {"cql_alpha_online": 5.0}], None),
+    ],
+)  # fmt: skip
+def test_wsrl_and_rlpd_are_named_by_their_settings(tmp_path, options, expected):
+    paths = [write_run(tmp_path / str(i), {0: 0, 40: 1}, **o) for i, o in enumerate(options)]
+    runs, problems = report.read_all(paths)
+    found = [run.method for run in report.label_methods(runs)]
+    assert not problems and len(set(found)) == len(found)
+    if expected is None:
+        assert not found[1].startswith(("WSRL", "RLPD"))
+    else:
+        parts = [[set(name.split(", ")) for name in names] for names in (found, expected)]
+        assert parts[0] == parts[1]
+
+
 def test_what_is_not_at_its_end_or_differs_between_methods_is_said(study, tmp_path):
     running, copy = {0: 0, 20: 10, 28: 90}, tmp_path / "copy"
     write_run(copy, {0: 0, 20: 99, 30: 99}, seed=0, device="cuda")

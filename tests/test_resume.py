@@ -189,7 +189,8 @@ def test_load_model_takes_weights_and_scaling(
 
 def test_a_checkpoint_of_another_architecture_is_refused(left_alone: Path, folder: Path) -> None:
     others = dict.fromkeys(("hidden_dim", "q_n_hidden_layers", "actor_n_hidden_layers"), 9)
-    for other, value in (others | {"critic_layer_norm": True}).items():
+    others |= dict.fromkeys(("critic_layer_norm", "actor_layer_norm"), True)
+    for other, value in others.items():
         line = error_line(call(*RUN, "--load_model", newest(left_alone), f"--{other}", value))
         assert f"load_model: {newest(left_alone)} has networks for {other}" in line
         assert f"expected {other} {value}" in line

@@ -17,8 +17,7 @@ import pytest
 import wandb
 import yaml
 
-import cal_ql
-from helpers import ROOT, SMALL, call, write_dataset
+from helpers import ROOT, SMALL, call, parse, write_dataset
 from wandb_server import Server
 
 FAST = [*SMALL, *"--env maze2d-open-v0 --eval_freq 100000".split()]  # episodes of 150 steps
@@ -148,7 +147,7 @@ def test_the_runs_that_our_sweeps_start(
         assert len({json.dumps(run.args) for run in chosen}) == len(chosen)
         assert len(chosen) == (60 if name == "antmaze" else 3)
         (run,) = [run for run in chosen if run.agents]
-        config = cal_ql.parse_config(json.loads((tmp_path / run.id).read_text()))
+        config = parse(*json.loads((tmp_path / run.id).read_text()))
         assert config.checkpoints_path == "output"
         assert config.cql_alpha == config.cql_alpha_online
         assert (config.cql_alpha == 5.0) == (name != "search")
@@ -156,6 +155,51 @@ def test_the_runs_that_our_sweeps_start(
         assert (config.cql_target_action_gap == 0.8) == (name != "search_gap")
         for option, value in run.args.items():
             assert option == "config_path" or getattr(config, option) == value, option
+
+
+def test_the_sweep_of_methods_starts_each_method_over_the_tasks_config(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its runs of seed 0, by the arguments that W&B's agent gives them."""
+    note = "import json, os, sys; json.dump(sys.argv[1:], open(os.environ['WANDB_RUN_ID'], 'w'))"
+    (tmp_path / "cal_ql.py").write_text(note)
+    sweep = yaml.safe_load((ROOT / "configs/sweeps/methods.yaml").read_text())
+    methods = sweep["parameters"]["config_path"]["values"]
+    assert len(sweep["parameters"]["seed"]["values"]) == 5
+    sweep["parameters"]["seed"] = {"value": 0}
+    (tmp_path / "methods.yaml").write_text(yaml.dump(sweep))
+    commands = "sweep --project p methods.yaml", f"agent --count {len(methods)} me/p/sweep0"
+    assert start(tmp_path, server, *commands).wait(120) == 0, (tmp_path / "log").read_text()
+    monkeypatch.chdir(ROOT)
+    found = {}
+    for run in server.sweeps["sweep0"].runs:
+        arguments = json.loads((tmp_path / run.id).read_text())
+        assert arguments[0] == "--config_path=configs/antmaze.yaml"
+        found[Path(run.args["config_path"]).stem] = parse(*arguments)
+    options = "--config_path configs/antmaze.yaml --env antmaze-large-diverse-v2".split()
+    options += ["--checkpoints_path", "output"]
+    assert found.pop("antmaze") == parse(*options)  # Cal-QL
+    assert set(found) == {path.stem for path in (ROOT / "configs/methods").iterdir()}
+    for method, config in found.items():
+        assert config == parse(*options, "--config_path", f"configs/methods/{method}.yaml")
+
+
+@pytest.mark.parametrize("method", [None, "wsrl"])
+def test_the_job_array_starts_its_tasks_and_seeds_by_any_method(
+    method: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "9"}
+    more = ["--config_path", f"configs/methods/{method}.yaml"] if method else []
+    job = ["bash", "configs/sweeps/antmaze.sbatch", *more, "--group", "mine"]
+    done = subprocess.run(job, env=env, capture_output=True, text=True, timeout=60)
+    script, *arguments = done.stdout.splitlines()
+    assert (script, done.returncode, done.stderr) == ("cal_ql.py", 0, "")
+    options = ["--config_path", "configs/antmaze.yaml", *more, "--checkpoints_path", "output"]
+    options += "--env antmaze-medium-diverse-v2 --seed 1 --group mine".split()
+    assert parse(*arguments) == parse(*options)
 
 
 def test_the_newest_offline_directory_alone_brings_every_record_home(

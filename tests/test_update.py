@@ -11,7 +11,7 @@ import torch
 import torch._inductor.config
 
 from cal_ql import Agent, Batch, Config
-from helpers import RUN, finish, start_run, wait_until
+from helpers import RUN, finish, make_phase, start_run, wait_until
 from runs import machine
 
 S, A = 5, 2
@@ -36,6 +36,11 @@ def make_batch(seed: int, device: torch.device = CPU) -> Batch:
     return Batch(draw(8, S), draw(8, A).tanh(), draw(8), draw(8, S), terminals, draw(8))
 
 
+# An update after another method's: without a regularizer, of many critics; the actor may wait.
+OTHER = dict(n_critics=4, n_target_critics=2, actor_layer_norm=True, cql_alpha_online=0.0)
+OTHER |= dict(bc_weight=0.5, actor_update_period=2, target_entropy=-1.0)
+
+
 # --------------------------------------------------------------------------- on the CPU
 
 
@@ -46,12 +51,21 @@ def test_numbers_on_which_a_cpu_is_slow_count_as_zero():
 # --------------------------------------------------------------------- no waiting for the device
 
 
-@pytest.mark.parametrize("cloning", [False, True])
-def test_losses_and_gradients_run_where_there_are_no_values(cloning, monkeypatch):
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        dict(cloning=True),
+        dict(cql_alpha=0.0, bc_weight=0.5, n_cloned=4),
+        dict(cql_alpha=0.0, trains_actor=False),
+    ],
+)
+def test_losses_and_gradients_run_where_there_are_no_values(changed, monkeypatch):
     """Tensors on the meta device have a shape and no values, so nothing can look at one."""
     monkeypatch.setattr(torch.optim, "Adam", lambda *args, **options: None)  # refuses such
-    agent, batch = make_agent(META), make_batch(0, META)
-    gradients, metrics = agent.gradients(batch, agent.draw_noise(), 5.0, True, cloning)
+    phase = make_phase(**changed)
+    agent, batch = make_agent(META, **{} if phase.cql_alpha else OTHER), make_batch(0, META)
+    gradients, metrics = agent.gradients(batch, agent.draw_noise(phase), phase)
     assert all(value.device == META and value.shape == () for value in metrics.values())
     for name, values in gradients.items():
         assert [value.shape for value in values] == [p.shape for p in agent.learned[name]]
@@ -64,28 +78,44 @@ def assert_same_updates(eager: Agent, compiled: Agent, numbers: range, online_fr
     for number in numbers:
         metrics = []
         for agent in (eager, compiled):
+            batch, online = make_batch(number), number >= online_from
+            for name, gradients in agent.compute_gradients(batch, online)[0].items():
+                for parameter, gradient in zip(agent.learned[name], gradients):
+                    assert gradient.stride() == parameter.stride()  # or fused Adam goes wrong
+            assert not agent.needs_compiling(online)
             torch.manual_seed(number)
-            metrics.append(agent.update(make_batch(number), online=number >= online_from))
+            metrics.append(agent.update(batch, online))
         torch.testing.assert_close(*metrics)
     torch.testing.assert_close(dict(eager.named_parameters()), dict(compiled.named_parameters()))
     assert compiled.compute.compiled  # and not given up
 
 
-def test_every_kind_of_update_is_one_graph_and_computes_the_same(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "online_from"),
+    [
+        (dict(bc_steps=1, target_update_period=2, cql_alpha_online=3.0), 2),
+        (OTHER | dict(offline_iterations=0, q_n_hidden_layers=1), 0),
+    ],
+)
+def test_every_kind_of_update_is_one_graph_and_computes_the_same(options, online_from, monkeypatch):
     """Traced with `fullgraph`, so that whatever breaks the graph raises; run without a compiler."""
-    options = dict(bc_steps=1, target_update_period=2, cql_alpha_online=3.0)
     eager = make_agent(**options)
     compiler = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compiler(f, **options))
-    assert_same_updates(eager, make_agent(compile=True, **options), range(3), online_from=2)
+    assert_same_updates(eager, make_agent(compile=True, **options), range(3), online_from)
 
 
 SMALL = dict(q_n_hidden_layers=1, cql_lagrange=False, backup_entropy=False)  # to compile
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
-def test_compiled_by_inductor():
-    assert_same_updates(make_agent(**SMALL), make_agent(compile=True, **SMALL), range(2), 2)
+@pytest.mark.parametrize(
+    ("options", "online_from"),
+    [({}, 2), (OTHER | dict(offline_iterations=0, actor_update_period=1), 0)],
+)
+def test_compiled_by_inductor(options, online_from):
+    agents = make_agent(**SMALL | options), make_agent(compile=True, **SMALL | options)
+    assert_same_updates(*agents, range(2), online_from)
 
 
 @torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})

@@ -244,7 +244,7 @@ def train_steps(subject: Subject, n: int, online: bool) -> None:
         log.advance()
         if run.progress.step % run.config.log_freq == 0:
             log.write_means(run.progress.step, run.metrics)
-            run.metrics.count = 0
+            run.metrics.reset()
 
 
 def measure_loops(subject: Subject) -> Figures:

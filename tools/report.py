@@ -9,9 +9,13 @@ why.
 
 Runs on one task with equal options are seeds of one method. Options that may change between two
 starts of a run (device, logging, evaluation, number of steps) are ignored. A method is called
-Cal-QL, or CQL (`calibrate: false`), or by the option `name` if that was given. Then follows each
-option whose value is not that of most methods on the task. On a tie the default is the usual value;
-if the default is not among the tied values, every method shows its own.
+Cal-QL, CQL (`calibrate: false`), WSRL or RLPD, or by the option `name` if that was given. WSRL and
+RLPD have an ensemble of critics, and no regularizer online; WSRL an offline phase or `load_model`,
+a warm-up and no offline data online, RLPD no offline phase and offline data.
+
+Then follows each option whose value is not the method's in configs/methods/ or, of other options,
+not that of most methods on the task. On a tie the default is the usual value; if the default is not
+among the tied values, every method shows its own.
 
 Below a task's scores, pictures have the values that the regularizer moves: the critics' mean value
 of the data's actions and of the policy's (in Cal-QL no lower than the bound, as the loss has them),
@@ -28,6 +32,7 @@ import argparse
 import base64
 import csv
 import dataclasses
+import functools
 import html
 import io
 import itertools
@@ -55,6 +60,7 @@ from tools import published
 from tools.command_line import Parser
 from tools.published import Curves, Published
 
+METHODS = Path(__file__).resolve().parents[1] / "configs" / "methods"
 SCORE = "eval/d4rl_normalized_score"
 SUCCESS = "eval/success_rate"
 REGRET = "train/regret"
@@ -62,6 +68,8 @@ MAY_CHANGE = {f.name for f in dataclasses.fields(cal_ql.Config) if "may_change" 
 NO_METHOD = {*MAY_CHANGE, "env", "seed", "eval_seed", "precision", "name"}
 PHRASES = {  # instead of an option and its value
     "calibrate_online false": "not calibrated online",
+    "cql_alpha_online 0": "no regularizer online",
+    "warmup_steps 0": "no warm-up",
     "offline_iterations 0": "no offline phase",
     "cql_importance_sample false": "no importance sampling",
     "load_model true": "from a checkpoint",
@@ -179,23 +187,52 @@ def make_run(
     return Run(str(source), task, method, options, seed, offline, offline + online, *columns)
 
 
+def read_options(file: Path) -> dict[str, Any]:
+    """The options in a YAML file, those of other code as text."""
+    kinds = cal_ql.Config.__annotations__
+    texts = read_config_file(str(file))
+    return {k: cast_option(k, v, kinds[k]) if k in kinds else v for k, v in texts.items()}
+
+
+def algorithm(options: dict[str, Any]) -> str:
+    """Cal-QL, CQL, WSRL or RLPD, by the module's docstring."""
+    if options["cql_alpha_online"] == 0 and options["n_critics"] > 2:
+        is_trained = options["offline_iterations"] > 0 or options["load_model"]
+        if is_trained and options["mixing_ratio"] == 0 and options["warmup_steps"] > 0:
+            return "WSRL"
+        if not is_trained and options["mixing_ratio"] > 0:
+            return "RLPD"
+    return "CQL" if options["calibrate"] is False else "Cal-QL"
+
+
+def as_text(options: dict[str, Any]) -> dict[str, str]:
+    texts = {key: json.dumps(value, default=str) for key, value in options.items()}
+    return {key: text.strip('"').removesuffix(".0") for key, text in texts.items()}
+
+
 def method_options(options: dict[str, Any]) -> dict[str, str]:
     """The options that may make a method, as text; under "" how the method's name begins."""
     chosen = {key: value for key, value in options.items() if key not in NO_METHOD}
     chosen["dataset_path"] = str(options["dataset_path"]).rpartition("/")[2]  # wherever it lies
     chosen["load_model"] = bool(options["load_model"])  # each seed may start from its own
-    algorithm = "CQL" if options["calibrate"] is False else "Cal-QL"
-    chosen[""] = algorithm if options["name"] == cal_ql.Config.name else options["name"]
-    texts = {key: json.dumps(value, default=str) for key, value in chosen.items()}
-    return {key: text.strip('"').removesuffix(".0") for key, text in texts.items()}
+    is_named = options["name"] != cal_ql.Config.name
+    chosen[""] = options["name"] if is_named else algorithm(options)
+    return as_text(chosen)
+
+
+@functools.cache
+def options_in_name(name: str) -> dict[str, str]:
+    """The options, as text, that WSRL or RLPD has by its name."""
+    if name not in ("WSRL", "RLPD"):
+        return {}
+    file = METHODS / f"{name.lower()}.yaml"
+    return as_text({"calibrate": True, "calibrate_online": True} | read_options(file))
 
 
 def read_run(directory: Path) -> list[Run]:
     config = directory / "config.yaml"
     metrics = directory / "metrics.jsonl"
-    kinds = cal_ql.Config.__annotations__
-    texts = read_config_file(str(config))
-    options = {k: cast_option(k, v, kinds[k]) if k in kinds else v for k, v in texts.items()}
+    options = read_options(config)
     check_regular(metrics)
     lines = metrics.read_bytes().split(b"\n")[:-1]  # without a torn one
     evaluations = {}
@@ -258,14 +295,24 @@ def read_all(paths: list[Path]) -> tuple[list[Run], list[str]]:
 
 
 def usual_values(methods: list[dict[str, str]]) -> dict[str, Any]:
-    """Of each option the value that most methods have; on a tie the default."""
+    """Of each option the value that most methods have; on a tie the default.
+
+    A method whose name tells the option does not count.
+    """
     usual = {}
     default = method_options(vars(cal_ql.Config()))
     for option in {option for method in methods for option in method}:
-        counts = Counter(method.get(option) for method in methods)
+        counting = [one for one in methods if option not in options_in_name(one[""])]
+        counts = Counter(method.get(option) for method in counting)
         best = [value for value in counts if counts[value] == max(counts.values())]
         usual[option] = best[0] if len(best) == 1 else default.get(option)
     return usual
+
+
+def phrase(option: str, value: str) -> str:
+    if option == "n_critics":
+        return f"{value} critics"
+    return PHRASES.get(f"{option} {value}", f"{option} {value}")
 
 
 def label_methods(runs: list[Run]) -> list[Run]:
@@ -278,10 +325,11 @@ def label_methods(runs: list[Run]) -> list[Run]:
     labelled = []
     for run in runs:
         parts = [name := run.options.get("", run.method)]
+        expected = usual.get(run.task, {}) | options_in_name(name)
         for option, value in run.options.items():
             told = option == "" or option == "calibrate" and name in ("Cal-QL", "CQL")
-            if not told and value != usual[run.task][option]:
-                parts.append(PHRASES.get(f"{option} {value}", f"{option} {value}"))
+            if not told and value != expected[option]:
+                parts.append(phrase(option, value))
         labelled.append(run._replace(method=", ".join(parts)))
     return labelled
 

@@ -68,8 +68,9 @@ def bytes_moved(agent: cal_ql.Agent, batch: cal_ql.Batch) -> int:
     Adam reads parameters, gradients and two moments, and writes all but the gradients; the
     targets are read and written, and the critics read for them.
     """
+    phase = agent.phase(online=False)
     with in_one_piece(), ProductBytes() as products:
-        agent.gradients(batch, agent.draw_noise(), *agent.phase(online=False))
+        agent.gradients(batch, agent.draw_noise(phase), phase)
     trained = sum(p.nbytes for parameters in agent.learned.values() for p in parameters)
     targets = sum(p.nbytes for p in agent.target_critic.parameters())
     return products.total + 7 * trained + 3 * targets
