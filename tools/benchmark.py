@@ -1,14 +1,14 @@
-"""How close to the machine's limit a configuration trains, in one run on this machine.
+"""Measure how close a configuration trains to the limit of this machine.
 
     python tools/benchmark.py --config_path configs/antmaze.yaml --env antmaze-umaze-v2
 
-Takes the options of cal_ql.py and those below; docs/speed.md explains the figures. The data is
-random, of the task's sizes, unless --dataset_path names some: speed does not depend on its values.
+Takes the options of cal_ql.py and those below; docs/benchmark.md explains the figures. The data is
+random, with the task's sizes, unless --dataset_path names some: speed does not depend on values.
 Every figure is the median of interleaved repeats, since machines are noisy.
 
-The bound is the rate at which this machine could do an update that consisted of nothing but its
-matrix products: the slower of computing them, at the measured peak of the products of a hidden
-layer of the critics, and of moving their factors and results, at the measured speed of a copy.
+The bound is the rate at which this machine could do an update that consists only of its matrix
+products. It is the lower of two rates: computing them, at the measured peak of the products of a
+hidden layer of the critics, and moving their factors and results, at the measured speed of a copy.
 """
 
 import copy
@@ -107,7 +107,7 @@ class Variant(NamedTuple):
 
 
 def precisions(config: cal_ql.Config, device: torch.device) -> list[str]:
-    """The configuration's own; on CUDA, where none is asked for, both."""
+    """The configuration's own; without one, both on CUDA."""
     if config.precision:
         return [config.precision]
     return ["tf32", "float32"] if device.type == "cuda" else ["float32"]
@@ -128,7 +128,7 @@ def new_agents(subject: Subject) -> dict[str, cal_ql.Agent]:
 
 
 def is_compiled(agent: cal_ql.Agent) -> bool:
-    """Whether its updates are, or would be; compiling may have failed."""
+    """Whether its updates are, or will be, compiled; false after compiling has failed."""
     return isinstance(agent.compute, machine.Compiled) and agent.compute.compiled is not None
 
 
@@ -199,7 +199,7 @@ def find_bounds(
 def interleaved(
     works: dict[str, tuple[str, Callable]], device: torch.device, repeats: int
 ) -> dict[str, float]:
-    """Seconds of each work at its precision: the median of rounds, the first of which is apart."""
+    """Seconds of each work at its precision: the median of all rounds but the first."""
     times: dict[str, list[float]] = {name: [] for name in works}
     counts: dict[str, int] = {}
     for number in range(repeats + 1):
@@ -250,7 +250,7 @@ def train_steps(subject: Subject, n: int, online: bool) -> None:
 
 
 def measure_loops(subject: Subject) -> Figures:
-    """Both phases as they are trained, and how the online one is split."""
+    """Both phases as they are trained, and how an online step divides into its parts."""
     times = loop_times(subject)
     device = subject.run.agent.device
     step = times["online"] + times["play"]
