@@ -5,8 +5,8 @@
 # The container runs as user 1000; for another user, add --user $(id -u).
 FROM python:3.11-slim-bookworm
 
-# g++ for torch.compile and Triton, OSMesa and EGL for evaluate.py --video, tini as PID 1. No versions
-# are pinned, since Debian removes a package's old version from its servers.
+# g++, which brings gcc, for torch.compile and Triton; OSMesa and EGL for evaluate.py --video; tini as
+# PID 1. No versions are pinned, since Debian removes a package's old version from its servers.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ libegl1 libosmesa6 tini \
@@ -18,8 +18,9 @@ RUN pip install --no-cache-dir -r requirements-gymnasium.txt \
     && pip install --no-cache-dir --no-deps -r requirements-no-deps.txt
 COPY --chmod=755 . .
 
-# Caches and settings go to /tmp, since the user may have no home and no name; all else to /data.
-# Anybody may write in /data, so that a new named volume works for every user.
+# Caches and settings go to /tmp, since the user may have no home and no name. All else goes to /data,
+# also compiled updates, since the next container would need a minute for them. Anybody may write in
+# /data, so that a new named volume works for every user.
 ENV HOME=/tmp \
     USER=calql \
     PYTHONUNBUFFERED=1 \
@@ -27,6 +28,7 @@ ENV HOME=/tmp \
     D4RL_DATASET_DIR=/data/datasets \
     MINARI_DATASETS_PATH=/data/minari \
     OGBENCH_DATASET_DIR=/data/ogbench \
+    TORCHINDUCTOR_CACHE_DIR=/data/compiled \
     MUJOCO_GL=osmesa \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics
 RUN useradd --uid 1000 --home-dir /tmp --no-create-home calql && install -d -m 1777 /data

@@ -159,15 +159,16 @@ def measure_update(subject: Subject) -> Figures:
     found = precisions(config, device)
     variants = [v for p in found for v in make_variants(subject, batch, p)]
     works = {v.name: (v.precision, v.update) for v in variants}
-    multiply = roofline.hidden_products(config, device)
-    copying, copied = roofline.hidden_copy(config, device)
+    phase = subject.run.agent.phase(online=False)
+    multiply = roofline.hidden_products(config, phase, device)
+    copying, copied = roofline.hidden_copy(config, phase, device)
     for precision in found:
         works[f"whole, {precision}"] = precision, lambda: multiply(sys.maxsize)
         works[f"pieces, {precision}"] = precision, lambda: multiply(1024)
     works["copying"] = found[0], copying
     times = interleaved(works, device, subject.repeats)
 
-    moved = roofline.bytes_moved(subject.run.agent, batch)
+    moved = roofline.bytes_moved(subject.run.agent, batch, phase)
     bounds, figures = find_bounds(subject, moved, copied / times["copying"], times)
     return figures | compare_variants(config, variants, times, bounds)
 
@@ -177,7 +178,8 @@ def find_bounds(
 ) -> tuple[dict[str, float], Figures]:
     """The bound by precision, in updates/s, and what it comes from."""
     config, task = subject.config, subject.run.task
-    needed = roofline.flops(config, task.observation_dim, task.action_dim)
+    phase = subject.run.agent.phase(online=False)
+    needed = roofline.flops(config, phase, task.observation_dim, task.action_dim)
     figures: Figures = {
         "an update, GFLOP": needed / 1e9,
         "an update, MB moved at least": moved / 1e6,
@@ -187,7 +189,7 @@ def find_bounds(
     bounds = {}
     for precision in precisions(config, subject.run.agent.device):
         product = min(times[f"whole, {precision}"], times[f"pieces, {precision}"])
-        peak = roofline.hidden_flops(config) / product
+        peak = roofline.hidden_flops(config, phase) / product
         bounds[precision] = min(peak / needed, copying / moved)
         figures[f"peak of the matrix products, {precision}, GFLOP/s"] = peak / 1e9
         figures[f"bound by products, {precision}, updates/s"] = peak / needed
@@ -282,6 +284,7 @@ def loop_times(subject: Subject) -> dict[str, float]:
         lengths.append(len(episode.rewards))
 
     run.play(subject.stop)  # something online to learn from
+    run.progress.warmup_end = 0  # at once
     n = calls_a_round(subject.update, device)
     works: dict[str, Callable] = {
         "update": lambda: run.agent.update(batch, online=False),

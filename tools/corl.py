@@ -41,7 +41,8 @@ def load_module(path: Path) -> ModuleType:
 def has_its_sizes(config: cal_ql.Config) -> bool:
     """Whether CORL's networks can have the configuration's sizes."""
     sizes = config.hidden_dim, config.actor_n_hidden_layers, config.n_critics
-    return sizes == (HIDDEN_DIM, ACTOR_LAYERS, N_CRITICS) and not config.critic_layer_norm
+    others = config.critic_layer_norm, config.actor_layer_norm, config.n_target_critics
+    return sizes == (HIDDEN_DIM, ACTOR_LAYERS, N_CRITICS) and not any(others)
 
 
 def make_update(
