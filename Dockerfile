@@ -1,13 +1,12 @@
-# One run in a container, with the folder /data for everything that it reads and writes:
+# One run in a container. It reads and writes everything in /data:
 #     docker build -t cal-ql .
-#     mkdir -p data    # else Docker makes it, as root's
+#     mkdir -p data    # otherwise Docker makes it, owned by root
 #     docker run --gpus all -v $PWD/data:/data cal-ql --config_path configs/antmaze.yaml --seed 1
-# The run is user 1000's; who is another adds --user $(id -u).
+# The container runs as user 1000; for another user, add --user $(id -u).
 FROM python:3.11-slim-bookworm
 
-# g++, which brings gcc: torch.compile and Triton compile on first use, against this image's Python.h;
-# OSMesa and EGL: evaluate.py --video; tini: PID 1.
-# Debian removes a package's old version from its servers, so that a pinned one would not build.
+# g++, which brings gcc, for torch.compile and Triton; OSMesa and EGL for evaluate.py --video; tini as
+# PID 1. No versions are pinned, since Debian removes a package's old version from its servers.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ libegl1 libosmesa6 tini \
@@ -19,9 +18,9 @@ RUN pip install --no-cache-dir -r requirements-gymnasium.txt \
     && pip install --no-cache-dir --no-deps -r requirements-no-deps.txt
 COPY --chmod=755 . .
 
-# Caches and settings go to /tmp, for the user may have no home and no name; all else to /data, also
-# what torch.compile and Triton have compiled, since the next container would need a minute for it.
-# Anybody may write in /data, so that a new named volume belongs to whoever comes.
+# Caches and settings go to /tmp, since the user may have no home and no name. All else goes to /data,
+# also compiled updates, since the next container would need a minute for them. Anybody may write in
+# /data, so that a new named volume works for every user.
 ENV HOME=/tmp \
     USER=calql \
     PYTHONUNBUFFERED=1 \
@@ -34,6 +33,6 @@ ENV HOME=/tmp \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics
 RUN useradd --uid 1000 --home-dir /tmp --no-create-home calql && install -d -m 1777 /data
 USER 1000
-# tini passes signals to the run alone, which ends its own processes, and Python's default action for
-# SIGTERM, which PID 1 has not, ends the imports at once. -s: no warning where tini is not PID 1.
+# tini passes signals only to the run, which ends its own processes. As PID 1, Python would ignore a
+# SIGTERM during its imports. -s: no warning if tini is not PID 1.
 ENTRYPOINT ["tini", "-s", "--", "python", "cal_ql.py", "--checkpoints_path", "/data/runs"]

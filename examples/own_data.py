@@ -1,4 +1,4 @@
-r"""Data of one's own: gymnasium's Pendulum, swung up by a clumsy controller, as a Minari dataset.
+r"""Your own data: gymnasium's Pendulum, swung up by a noisy controller, as a Minari dataset.
 
     python examples/own_data.py datasets/minari
     python cal_ql.py --config_path configs/quickstart.yaml --env pendulum/swing-up-v0 \
@@ -21,7 +21,7 @@ NAME = "pendulum/swing-up-v0"
 
 
 def controller(observation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Push until the energy is that of standing upright, then hold it there; with much noise."""
+    """Push until the energy is that of standing upright, then hold it; with much noise."""
     cosine, sine, speed = observation
     energy = speed**2 / 6.0 + 5.0 * cosine
     swing = 2.0 * np.sign(speed * (5.0 - energy))
@@ -50,7 +50,7 @@ def main(root: str, n_episodes: int = 100) -> None:
     folder = Path(root).resolve()  # Minari takes no relative one
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["MINARI_DATASETS_PATH"] = str(folder)
-    env = gymnasium.make("Pendulum-v1")  # the dataset notes the id, the arguments, the time limit
+    env = gymnasium.make("Pendulum-v1")  # the dataset stores its id, arguments and time limit
     episodes = []
     for seed in range(n_episodes):
         columns = record(env, seed)
@@ -58,7 +58,7 @@ def main(root: str, n_episodes: int = 100) -> None:
         episodes.append(EpisodeBuffer(id=seed, seed=seed, **columns))
     returns = [episode.rewards.sum() for episode in episodes]
     print(f"{n_episodes} episodes, returns {np.mean(returns):.0f} +- {np.std(returns):.0f}")
-    # the score is 0 at the first of these returns and 100 at the second; without them, the return
+    # these returns score 0 and 100; without them, the score is the return
     scores = dict(ref_min_score=-1200.0, ref_max_score=-150.0)
     minari.create_dataset_from_buffers(NAME, episodes, env=env, **scores)
 

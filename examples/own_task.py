@@ -1,8 +1,8 @@
-"""A task of one's own: gymnasium's Pendulum, and data of random actions in an .npz file.
+"""Your own task: gymnasium's Pendulum, and data of random actions in an .npz file.
 
     python examples/own_task.py --env Pendulum-v1 --dataset_path pendulum.npz --device cpu
 
-It first makes the file. Needs `pip install gymnasium`.
+It makes the file first. It needs `pip install gymnasium`.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""A run on disk: its resolved config, records, rows of data, starts and checkpoints.
+"""A run on disk: its resolved config, records, transitions, starts and checkpoints.
 
-One process holds it at a time. Metrics are one JSON line per record, rows of data only grow, and
-checkpoints say how much of both belongs to them. After an interruption the same command resumes
-from the newest good checkpoint.
+One process holds it at a time. Records and transitions are only appended; each checkpoint stores
+how much of both belongs to it. After an interruption the same command resumes from the newest
+valid checkpoint.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ import json
 import math
 import os
 import re
+import shlex
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -35,7 +37,8 @@ from runs.errors import (
 )
 from runs.machine import provenance
 
-FORMAT = 2  # of checkpoints; those of other code are refused
+SCORE = "eval/d4rl_normalized_score"
+FORMAT = 2  # of checkpoints; those in another format are refused
 NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems without flock
 
@@ -43,11 +46,11 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems wit
 class RunDirectory:
     """A run on disk: config.yaml, metrics.jsonl, transitions.bin, checkpoints and starts.jsonl.
 
-    metrics.jsonl holds one record per line, transitions.bin rows of float32. Both only grow; a
-    checkpoint knows how much of them belongs to it. A start first takes the directory, then loads
-    a checkpoint, and then begins: only then is anything changed that an earlier start has left.
-    starts.jsonl says of each start where and by what code. Raises `InputError` where the directory
-    cannot be used, and `DirectoryInUse` where another process holds it.
+    metrics.jsonl holds one record per line, transitions.bin rows of float32. Both are only appended
+    to; a checkpoint stores how much of them belongs to it. A start locks the directory, loads a
+    checkpoint, then calls `begin`: nothing that an earlier start left changes before that.
+    starts.jsonl lists each start, with its machine and code. Raises `InputError` if the directory
+    cannot be used, and `DirectoryInUse` if another process holds it.
     """
 
     def __init__(self, path: Path, resume: bool):
@@ -55,8 +58,8 @@ class RunDirectory:
         self.begun = False
         self.identity: Optional[dict[str, Any]] = None  # of the run, see `load`
         self.made: list[Path] = []  # by this start
-        self.state: Optional[dict[str, Any]] = None  # the checkpoint to go on from
-        self.broken: list[tuple[Path, str]] = []  # newer ones, and what is wrong with each
+        self.state: Optional[dict[str, Any]] = None  # the checkpoint to resume from
+        self.broken: list[tuple[Path, str]] = []  # newer checkpoints, and what is wrong with each
         self.records_at = {"records": 0, "records_at_step": 0}  # of metrics.jsonl, see `save`
         self.last_step = -1  # of the records
         try:
@@ -68,7 +71,7 @@ class RunDirectory:
             self.metrics = self.open("metrics.jsonl", "ab")
             self.rows = self.open("transitions.bin", "ab")
             has_run = bool(self.checkpoints())
-        except (OSError, ValueError) as error:  # ValueError: letters that no file name can have
+        except (OSError, ValueError) as error:  # ValueError: a character that no file name can have
             self.discard_unless_begun()
             raise InputError(f"checkpoints_path: cannot write there ({describe(error)})") from None
         if has_run and not resume:
@@ -90,12 +93,13 @@ class RunDirectory:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            print(f"{self.path} cannot be locked ({error.strerror}): start the run there only once")
+            reason = error.strerror
+            print(f"{self.path} cannot be locked ({reason}): run only one process there at a time")
 
     def begin(self, options: dict[str, Any], step: int) -> None:
-        """Cut the files to the loaded checkpoint, set newer ones aside, and note this start.
+        """Cut the files to the loaded checkpoint, set aside broken ones, and record this start.
 
-        Says where this start differs from the last one in what rounds numbers.
+        Prints a line if this start may round differently from the last one.
         """
         self.begun = True
         starts = self.path / "starts.jsonl"
@@ -112,16 +116,16 @@ class RunDirectory:
                 file.write(json.dumps({"step": step, **now}).encode() + b"\n")
         except OSError as error:
             raise RunError(f"cannot write in {self.path} ({describe(error)})") from None
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # no whole line, or not ours
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # a torn or foreign line
             last = json.loads(earlier[-1])
             changed = [f"{k} {last[k]} -> {now[k]}" for k in now if last[k] != now[k]]
             if changed:
                 print(f"resuming with {', '.join(changed)}: numbers may differ in their last bits")
 
     def discard_unless_begun(self) -> None:
-        """Wrong input leaves nothing behind, and takes nothing that was there before."""
+        """Delete what this start made, unless it has begun: wrong input leaves nothing behind."""
         for path in reversed([] if self.begun else self.made):
-            with contextlib.suppress(OSError):  # a folder in which there is something by now
+            with contextlib.suppress(OSError):  # a folder that is no longer empty
                 path.rmdir() if path.is_dir() else path.unlink()
 
     # ------------------------------------------------------------------------ records and rows
@@ -140,10 +144,19 @@ class RunDirectory:
             if is_record(line):
                 yield json.loads(line)
 
-    def cut_records(self) -> None:
-        """Drop the records after the loaded checkpoint: they are made again.
+    def closing_line(self) -> str:
+        """For a run's end: its directory, its last score, the command that draws its curves."""
+        scores = [record[SCORE] for record in self.records() if SCORE in record]
+        score = f", last score {scores[-1]:.1f}" if scores else ""
+        report = Path(__file__).resolve().parents[1] / "tools" / "report.py"
+        picture = self.path / "curves.png"
+        command = [from_here(sys.executable), from_here(report), self.path, "--output", picture]
+        return f"{self.path}: finished{score}; to draw its curves: {shlex.join(map(str, command))}"
 
-        Lines that are no records move to a file of their own.
+    def cut_records(self) -> None:
+        """Drop the records after the loaded checkpoint; the run will write them again.
+
+        Lines that are not records move to a separate file.
         """
         path = Path(self.metrics.name)
         content = path.read_bytes()
@@ -151,12 +164,12 @@ class RunDirectory:
         if lines[-1].startswith(b'{"step": ') and not is_record(lines[-1]):
             lines.pop()  # a record that was being written when the process was killed
         foreign = [line for line in lines if line.strip() and not is_record(line)]
-        kept = self.of_checkpoint([line for line in lines if is_record(line)], content)
+        kept = self.checkpoint_records([line for line in lines if is_record(line)], content)
         if foreign:
             aside = path.with_suffix(".jsonl.foreign")
             with open_regular(aside, "ab") as file:
                 file.write(b"\n".join(foreign) + b"\n")
-            print(f"{path}: {len(foreign)} lines are no records of a run; they are now in {aside}")
+            print(f"{path}: {len(foreign)} lines are not records of a run; moved them to {aside}")
         cut = b"".join(line + b"\n" for line in kept)
         if content.startswith(cut):
             self.metrics.truncate(len(cut))
@@ -166,12 +179,12 @@ class RunDirectory:
         self.metrics.close()
         self.metrics = open_regular(path, "ab")
 
-    def of_checkpoint(self, lines: list[bytes], content: bytes) -> list[bytes]:
-        """The records among `lines` that the loaded checkpoint has counted."""
+    def checkpoint_records(self, lines: list[bytes], content: bytes) -> list[bytes]:
+        """Those of the records `lines` that belong to the loaded checkpoint."""
         if not self.state:
             return []
         sizes, newest = self.sizes(), self.state["step"]
-        if "records_at_step" not in sizes:  # of older code, which noted the file's size alone
+        if "records_at_step" not in sizes:  # older code only stored the file's size
             counted = content[: sizes["metrics"]].split(b"\n")
             steps = [json.loads(line)["step"] for line in counted if is_record(line)]
             sizes["records_at_step"] = steps.count(newest)
@@ -184,7 +197,7 @@ class RunDirectory:
         self.last_step = newest
         is_short = len(content) < sizes["metrics"]
         if len(numbers) < sizes.get("records", 0) or ("records" not in sizes and is_short):
-            print(f"{self.metrics.name} lacks records from before this start; the run goes on")
+            print(f"{self.metrics.name} lacks records from before this start; the run continues")
         return [lines[i] for i in numbers]
 
     def add_rows(self, columns: Iterable[np.ndarray]) -> None:
@@ -193,11 +206,11 @@ class RunDirectory:
         self.rows.write(np.concatenate(flat, 1).astype(np.float32).tobytes())
 
     def read_rows(self, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-        """Those of the loaded checkpoint, as arrays [n, *shape]."""
+        """The rows that belong to the loaded checkpoint, as arrays [n, *shape]."""
         ends = np.cumsum([math.prod(shape) for shape in shapes])
         size = self.sizes()["rows"]
         if size % (4 * ends[-1]):
-            raise InputError(f"checkpoints_path: {self.rows.name} holds other rows than this run's")
+            raise InputError(f"checkpoints_path: {self.rows.name} does not hold rows of this run")
         rows = np.fromfile(self.rows.name, np.float32, size // 4).reshape(-1, ends[-1])
         columns = np.split(rows, ends[:-1], axis=1)
         return [column.reshape(-1, *shape) for column, shape in zip(columns, shapes)]
@@ -212,59 +225,59 @@ class RunDirectory:
         return dict(self.state["sizes"]) if self.state else {"metrics": 0, "rows": 0}
 
     def save(self, state: dict[str, Any], keep: tuple[int, ...]) -> None:
-        """Write a checkpoint beside its place, sync it, rename it; only then drop older ones.
+        """Write a checkpoint to a temporary file, sync and rename it; then delete older ones.
 
-        The one before stays, and so do those of the steps in `keep`. Raises OSError.
+        The previous one stays, and so do those at the steps in `keep`. Raises OSError.
         """
         for file in (self.metrics, self.rows):
             file.flush()
             os.fsync(file.fileno())
-        image = io.BytesIO()  # first, since torch.save to a full disk fails in ways of its own
+        image = io.BytesIO()  # since torch.save to a full disk can raise any exception
         sizes = {"metrics": self.metrics.tell(), "rows": self.rows.tell(), **self.records_at}
         if self.last_step != state["step"]:
             sizes["records_at_step"] = 0
         torch.save({**state, "format": FORMAT, "sizes": sizes}, image)
         write_whole(self.path / f"checkpoint_{state['step']}.pt", image.getbuffer())
         for old in self.checkpoints()[:-2]:
-            if step_of(old) not in keep:
+            if checkpoint_step(old) not in keep:
                 old.unlink()
 
     def load(
         self, device: torch.device, form: Any = None, identity: Optional[dict[str, Any]] = None
     ) -> Optional[dict[str, Any]]:
-        """The newest checkpoint that is good and whose rows are there; None for a new run.
+        """The newest valid checkpoint whose rows are all there; None for a new run.
 
         `form` is what it must hold, see `check_form`. Changes nothing on disk. Raises `InputError`
-        where none is good or the run is another by its `identity`, and `RunError` where the system
-        does not let one be read.
+        if no checkpoint is valid or the run has another `identity`, and `RunError` if the system
+        refuses to read one.
         """
         self.identity = identity
         found = self.checkpoints()[::-1]
         for path in found:
             try:
-                self.state = self.load_with_its_rows(path, device, form)
+                self.state = self.load_with_rows(path, device, form)
                 break
             except InputError as error:
                 self.broken.append((path, str(error)))
         if found and not self.state:
             problems = "; ".join(problem for _, problem in self.broken)
-            raise InputError(f"checkpoints_path: no checkpoint is good: {problems}")
+            raise InputError(f"checkpoints_path: there is no valid checkpoint: {problems}")
         if self.state and identity is not None:
             self.check_identity(self.state["identity"], identity)
         return self.state
 
-    def check_identity(self, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-        """Raise `InputError` unless these options, those without their defaults, are the same."""
-        names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+    def check_identity(self, saved: dict[str, Any], current: dict[str, Any]) -> None:
+        """Raise `InputError` unless both have the same options; defaults are left out of both."""
+        names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
         if names:
-            found = ", ".join(f"{name} {theirs.get(name, '(its default)')}" for name in names)
+            found = ", ".join(f"{name} {saved.get(name, '(its default)')}" for name in names)
             raise InputError(f"checkpoints_path: {self.path} contains another run, with {found}")
 
-    def load_with_its_rows(self, path: Path, device: torch.device, form: Any) -> dict[str, Any]:
+    def load_with_rows(self, path: Path, device: torch.device, form: Any) -> dict[str, Any]:
         state = load_checkpoint(path, device, form and {**form, **COUNTED})
         check_form({key: state.get(key) for key in COUNTED}, COUNTED, path)
         if state.get("counts", {}).get("step", state["step"]) != state["step"]:
-            raise InputError(f"{path} is not a valid checkpoint (it says two different steps)")
+            raise InputError(f"{path} is not a valid checkpoint (it names two different steps)")
         if self.rows.tell() < state["sizes"]["rows"]:
             raise InputError(f"{self.rows.name} is shorter than {path.name} says")
         return state
@@ -275,11 +288,17 @@ class RunDirectory:
             while os.path.lexists(aside):
                 aside = aside.with_name(f"{aside.name}_")
             path.rename(aside)
-            print(f"{problem}: {path.name} is set aside, the run goes on from the one before")
+            print(f"{problem}: {path.name} is set aside; the run resumes from the one before")
+
+
+def from_here(path: Any) -> str:
+    """The path relative to the working directory, if it lies in there."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.pardir) else relative
 
 
 def write_whole(path: Path, content: Any) -> None:
-    """Write bytes beside their place, sync, rename: the file is whole, or as it was."""
+    """Write bytes to a temporary file, sync and rename it: the file is complete or unchanged."""
     with contextlib.suppress(FileNotFoundError):
         check_regular(path)
     part = path.with_name(f"{path.name}.part")
@@ -319,7 +338,7 @@ def open_directory(
 
 @contextlib.contextmanager
 def saved_on_failure(directory: Optional[RunDirectory], save: Callable[[], None]) -> Iterator[None]:
-    """Save what ends early, and name the last good checkpoint where that is a failure."""
+    """Save if the run ends early; on failure, also name the last good checkpoint."""
     try:
         try:
             yield
@@ -332,30 +351,30 @@ def saved_on_failure(directory: Optional[RunDirectory], save: Callable[[], None]
         raise RunError(f"{describe(error)}; {last}") from error
 
 
-def step_of(checkpoint: Path) -> Optional[int]:
-    """The step in a checkpoint's name; None for a name of another form."""
+def checkpoint_step(checkpoint: Path) -> Optional[int]:
+    """The step in a checkpoint's name; None if it is not named like a checkpoint."""
     match = re.fullmatch(r"checkpoint_(\d+)\.pt", checkpoint.name)
     return int(match[1]) if match else None
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """From the oldest to the newest; files that a user has named otherwise do not count."""
-    found = {path: step_of(path) for path in directory.iterdir()}
+    """The checkpoints from oldest to newest; files that a user has renamed do not count."""
+    found = {path: checkpoint_step(path) for path in directory.iterdir()}
     return sorted((path for path in found if found[path] is not None), key=found.get)
 
 
 def load_checkpoint(
     path: Path, device: torch.device, form: Any = None, option: str = ""
 ) -> dict[str, Any]:
-    """Read a checkpoint that has this form, see `check_form`. Errors begin with `option`.
+    """Read a checkpoint and check its form, see `check_form`. Errors begin with `option`.
 
-    Raises `InputError` where it is missing, damaged, of other code or of another form, and
-    `RunError` where the system does not let it be read, which says nothing about its content.
+    Raises `InputError` if it is missing, damaged, in another format or of another form, and
+    `RunError` if the system refuses to read it, which says nothing about its content.
     """
     prefix = f"{option}: " if option else ""
     try:
         with open_regular(path) as file:
-            image = io.BytesIO(file.read())  # so that what fails afterwards is its content
+            image = io.BytesIO(file.read())  # what fails from here on is the content
         with zipfile.ZipFile(image) as file:
             if damaged := file.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"{damaged} is damaged")
@@ -364,7 +383,7 @@ def load_checkpoint(
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError("it was not written by this version of the code")
         renew(state)
-    except Exception as error:  # whatever the parts of torch.load raise on a broken file
+    except Exception as error:  # torch.load can raise any exception on a broken file
         if getattr(error, "errno", None) in NO_FILE:
             raise InputError(f"{prefix}there is no checkpoint {path}") from None
         if is_system_error(error):
@@ -406,13 +425,13 @@ def sum_of_shares(value: Any) -> bool:
     return isinstance(value, float) and 0.0 <= value < math.inf
 
 
-COUNTS = {  # which of a run's are not just 0 or more; older code's lack those that may be missing
+COUNTS = {  # a run's counts that are not just `at_least_0`; older checkpoints lack the `Maybe` ones
     "evaluated_at": int,
     "evaluations": Maybe(at_least_0),
     "successes": Maybe(sum_of_shares),
     "warmup_end": Maybe(at_least_0),
 }
-COUNTED = {  # what the directory itself adds and reads
+COUNTED = {  # what the directory itself adds to a checkpoint
     "format": int,
     "step": at_least_0,
     "sizes": {
@@ -425,17 +444,17 @@ COUNTED = {  # what the directory itself adds and reads
 
 
 def check_form(state: Any, form: Any, path: Path, option: str = "") -> None:
-    """Raise `InputError` unless `state`, of the checkpoint at `path`, is of a form.
+    """Raise `InputError` unless `state`, of the checkpoint at `path`, has this form.
 
-    A form is a dict: just these keys, but for `Maybe`; a list: these in turn; a tensor: such a
-    dtype and shape; a type; or a function of the value that says whether it is right, of which the
-    docstring says in words what is.
+    A form describes a value. A dict: exactly these keys, where `Maybe` marks optional ones. A list:
+    these items in order. A tensor: its dtype and shape. A type: that type. A function: it returns
+    whether the value is right, and its docstring says what is expected.
     """
     prefix = f"{option}: " if option else ""
     try:
         compare(state, form, [])
     except FormError as error:
-        raise InputError(f"{prefix}{path} is not a checkpoint of such a run ({error})") from None
+        raise InputError(f"{prefix}{path} does not fit this run ({error})") from None
 
 
 def run_form(
@@ -444,7 +463,7 @@ def run_form(
     observation_dim: int,
     counts: dict[str, int],
 ) -> dict[str, Any]:
-    """What a checkpoint of a run must hold: networks like these, trained by such an optimizer."""
+    """What a run's checkpoint must hold: these networks' shapes, this optimizer's state."""
     moments = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, parameter in enumerate(parameters):
@@ -471,36 +490,36 @@ def run_form(
     }
 
 
-MODEL = "format", "step", "config", "scaling", "agent"  # what is needed to play, or to start from
+MODEL = "format", "step", "config", "scaling", "agent"  # enough to play, or to start a new run
 
 
 def model_form(form: dict[str, Any]) -> dict[str, Any]:
-    """A run's form of which only what is needed to play must be there."""
+    """A run's form in which only the keys of `MODEL` are required."""
     return {key: part if key in MODEL else Maybe(part) for key, part in form.items()}
 
 
 def load_model(
     path: Path, device: torch.device, form: dict[str, Any], options: dict[str, Any], names: str
 ) -> dict[str, Any]:
-    """Read the checkpoint of `load_model` for a run of that form and those options.
+    """Read the checkpoint that `load_model` names, for a run of this form with these options.
 
-    Of the options that `names` lists depend the networks; an error says which of them differ.
+    The networks depend on the options in `names`; an error says which of them differ.
     """
-    saved = load_checkpoint(path, device, option="load_model")
-    config = saved.get("config")
-    theirs = config if isinstance(config, dict) else {}
-    differ = [name for name in names.split() if theirs.get(name, options[name]) != options[name]]
+    state = load_checkpoint(path, device, option="load_model")
+    config = state.get("config")
+    saved = config if isinstance(config, dict) else {}
+    differ = [name for name in names.split() if saved.get(name, options[name]) != options[name]]
     try:
-        check_form(saved, model_form(form), path, "load_model")
+        check_form(state, model_form(form), path, "load_model")
     except InputError:
         if not differ:
             raise
-        found = ", ".join(f"{name} {theirs[name]}" for name in differ)
+        found = ", ".join(f"{name} {saved[name]}" for name in differ)
         expected = ", ".join(f"{name} {options[name]}" for name in differ)
         raise InputError(
             f"load_model: {path} has networks for {found}, expected {expected}"
         ) from None
-    return saved
+    return state
 
 
 def are_metrics(value: Any) -> bool:
@@ -539,37 +558,37 @@ def compare(value: Any, form: Any, place: list[str]) -> None:
         compare_keys(value, form, place)
     elif isinstance(form, list):
         if not isinstance(value, (list, tuple)) or len(value) != len(form):
-            raise FormError(place, kind_of(value), f"a list of {len(form)}")
-        for number, (part, its_form) in enumerate(zip(value, form)):
-            compare(part, its_form, [*place, str(number)])
+            raise FormError(place, describe_value(value), f"a list of {len(form)}")
+        for number, (part, part_form) in enumerate(zip(value, form)):
+            compare(part, part_form, [*place, str(number)])
     elif torch.is_tensor(form):
         is_alike = torch.is_tensor(value) and value.dtype == form.dtype
         if not is_alike or value.shape != form.shape:
-            raise FormError(place, kind_of(value), kind_of(form))
+            raise FormError(place, describe_value(value), describe_value(form))
         if value.is_floating_point() and not value.isfinite().all():
             raise FormError(place, "NaN or infinite numbers", "finite ones")
     elif isinstance(form, type):
         if not isinstance(value, form) or (isinstance(value, bool) and form is not bool):
-            raise FormError(place, kind_of(value), form.__name__)
+            raise FormError(place, describe_value(value), form.__name__)
     elif not form(value):
-        raise FormError(place, kind_of(value), form.__doc__ or form.__name__)
+        raise FormError(place, describe_value(value), form.__doc__ or form.__name__)
 
 
 def compare_keys(value: Any, form: dict[Any, Any], place: list[str]) -> None:
     if not isinstance(value, dict):
-        raise FormError(place, kind_of(value), "a dict")
-    if strangers := value.keys() - form.keys():
-        raise FormError(place, f"keys {shortened(str(sorted(map(str, strangers))))}", "none such")
-    for key, its_form in form.items():
-        may_lack = isinstance(its_form, Maybe)
+        raise FormError(place, describe_value(value), "a dict")
+    if unknown := value.keys() - form.keys():
+        raise FormError(place, f"keys {shortened(str(sorted(map(str, unknown))))}", "none of these")
+    for key, part in form.items():
+        is_optional = isinstance(part, Maybe)
         if key in value:
-            compare(value[key], its_form.form if may_lack else its_form, [*place, str(key)])
-        elif not may_lack:
-            raise FormError([*place, str(key)], "nothing", kind_of(its_form))
+            compare(value[key], part.form if is_optional else part, [*place, str(key)])
+        elif not is_optional:
+            raise FormError([*place, str(key)], "nothing", describe_value(part))
 
 
-def kind_of(value: Any) -> str:
-    """A value in an error: what it is rather than all of it."""
+def describe_value(value: Any) -> str:
+    """A short description of a value, for an error."""
     if torch.is_tensor(value):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, type):

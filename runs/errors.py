@@ -1,4 +1,4 @@
-"""Errors that end a program with one line and an exit code, and what turns others into such."""
+"""Errors that end a program with one line and an exit code, and helpers that describe others."""
 
 import contextlib
 import difflib
@@ -22,7 +22,7 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """Something that ends a run on its way, in one line for the user."""
+    """A failure during a run, in one line for the user."""
 
     exit_code = 1
 
@@ -34,7 +34,7 @@ class DirectoryInUse(RunError):
 
 
 class Stop(BaseException):
-    """A signal asks the run to save and exit. No library's `except Exception` takes it."""
+    """A signal asks the run to save and exit. `except Exception` in a library does not catch it."""
 
     def __init__(self, signum: int):
         super().__init__(f"by {signal.Signals(signum).name}; run the same command to continue")
@@ -50,7 +50,7 @@ class OutputLost(BaseException):
 
 
 def close_matches(word: str, known: Iterable[str]) -> str:
-    """For an error: those of `known` that a user may have meant, in words."""
+    """The names in `known` that a user may have meant, as text for an error."""
     return ", ".join(difflib.get_close_matches(word, known)) or "none"
 
 
@@ -58,7 +58,7 @@ def close_matches(word: str, known: Iterable[str]) -> str:
 
 
 def check_regular(path: Path) -> None:
-    """Raise OSError unless `path` is a regular file: opening a FIFO would wait for ever."""
+    """Raise OSError unless `path` is a regular file: opening a FIFO would wait forever."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise OSError(f"{path} is a directory, expected a file")
@@ -67,18 +67,18 @@ def check_regular(path: Path) -> None:
 
 
 def open_regular(path: Path, mode: str = "rb", **options: Any) -> IO:
-    """As `open`, but raises OSError for what is there and not a regular file."""
+    """Like `open`, but raises OSError for anything that exists and is not a regular file."""
     with contextlib.suppress(FileNotFoundError):
         check_regular(path)
     return open(path, mode, **options)
 
 
 def expand_home(path: str, name: str) -> str:
-    """`path` with ~ as the home directory; raises `InputError`, naming `name`, where none is."""
+    """`path` with ~ replaced by the home directory; without one, an `InputError` names `name`."""
     expanded = os.path.expanduser(path)
     if path.startswith("~") and (expanded == path or expanded.startswith(stand_in_home())):
         whose = path.partition("/")[0]
-        raise InputError(f"{name}: found {path!r}, but {whose} is no known home directory")
+        raise InputError(f"{name}: found {path!r}, but {whose} is not a known home directory")
     return expanded
 
 
@@ -87,7 +87,7 @@ def stand_in_home() -> str:
 
 
 def ensure_home() -> None:
-    """Give a user without a home directory one, since W&B, D4RL and others write there."""
+    """Make a home directory for a user without one, since W&B, D4RL and others write there."""
     if not os.environ.get("HOME"):
         os.environ.pop("HOME", None)
     if os.path.expanduser("~") != "~":
@@ -108,7 +108,7 @@ def ensure_home() -> None:
 REMEDIES = {
     errno.EACCES: "check the permissions",
     errno.EDQUOT: "make room",
-    errno.EIO: "the disk or its server fails; try again, or elsewhere",
+    errno.EIO: "the disk or file server is failing; try again or use another one",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENOSPC: "make room",
     errno.ESTALE: "the file server has lost it; try again",
@@ -117,15 +117,15 @@ NO_MEMORY = re.compile("out of memory|can't allocate|cannot allocate", re.IGNORE
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Torch's errors on allocating are RuntimeErrors that only their text tells apart."""
+    """Torch raises a RuntimeError for a failed allocation; only its text tells which."""
     is_torchs = isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))
     return bool(is_torchs) or isinstance(error, MemoryError)
 
 
 def system_errno(error: BaseException) -> Optional[int]:
-    """The errno of what the operating system refused; None where a file's content is at fault.
+    """The errno if the operating system refused something; None if a file's content is at fault.
 
-    HDF5 may have it in its message alone. Seeking to where a damaged file points gives EINVAL.
+    HDF5 may give it only in its message. Seeking to where a damaged file points gives EINVAL.
     """
     if not isinstance(error, OSError):
         return None
@@ -135,12 +135,12 @@ def system_errno(error: BaseException) -> Optional[int]:
 
 
 def is_system_error(error: BaseException) -> bool:
-    """Whether the operating system refused something, so that a file's content is not to blame."""
+    """Whether the operating system refused something, so a file's content is not to blame."""
     return is_out_of_memory(error) or system_errno(error) is not None
 
 
 def describe(error: BaseException) -> str:
-    """What a file or the system raised, in words, with the remedy where there is one."""
+    """An error of a file or of the system in words, with a remedy if there is one."""
     text = " ".join(str(error).split()) or type(error).__name__
     if is_out_of_memory(error):
         return f"there is too little memory ({text})"
@@ -152,14 +152,14 @@ def describe(error: BaseException) -> str:
     remedy = REMEDIES.get(number)
     if number and "errno = " in text:  # HDF5's words, a paragraph of them
         if "unable to lock file" in text:
-            remedy = "another process or the file system keeps it from being locked; "
-            remedy += "HDF5_USE_FILE_LOCKING=FALSE does without the lock"
+            remedy = "another process or the file system prevents locking it; "
+            remedy += "set HDF5_USE_FILE_LOCKING=FALSE to read it without a lock"
         text = os.strerror(number)
     return f"{text}; {remedy}" if remedy else text
 
 
 def shortened(text: str, most: int = 80) -> str:
-    """For an error: a value that may be long."""
+    """The text, cut for an error message if it is long."""
     return text if len(text) <= most else f"{text[:most]}..."
 
 
@@ -167,9 +167,9 @@ def shortened(text: str, most: int = 80) -> str:
 
 
 class Output(io.FileIO):
-    """Standard output or error that may go away. What is written afterwards is dropped.
+    """Standard output or error that may be lost, for example to a closed pipe.
 
-    `on_loss` gets the first error, and may raise.
+    `on_loss` gets the first error, and may raise. Later output is dropped.
     """
 
     def __init__(self, descriptor: int, on_loss: Callable[[OSError], None]):
@@ -188,7 +188,7 @@ class Output(io.FileIO):
 
 
 def guard_output(name: str, goes_on: bool) -> None:
-    """Let no print fail: the streams may be closed, full, or without the letters of a text."""
+    """Let no print fail, even if a stream is closed, full, or cannot encode the text."""
 
     def on_loss(error: OSError) -> None:
         if not goes_on:
@@ -210,9 +210,9 @@ def guard_output(name: str, goes_on: bool) -> None:
 
 
 def run_program(main: Callable[[], None], name: str, goes_on: bool = False) -> int:
-    """Run a program's `main`; returns its exit code, and says in one line what went wrong.
+    """Run a program's `main`; return its exit code, and print in one line what went wrong.
 
-    Where its output cannot be written any more, the program ends, or `goes_on`.
+    If its output can no longer be written, the program ends, unless it `goes_on`.
     """
     kind = "error"
     try:
@@ -233,7 +233,7 @@ def run_program(main: Callable[[], None], name: str, goes_on: bool = False) -> i
         if not is_system_error(error) and not isinstance(error, RecursionError):
             raise
         problem, code = describe(error), 1
-    if code != 128 + signal.SIGPIPE:  # then there is nobody to tell
+    if code != 128 + signal.SIGPIPE:  # then nobody reads it
         words = [shortened(word, 300) for word in problem.split()]
         print(f"{name}: {kind}:", *words, file=sys.stderr)
     return code

@@ -55,7 +55,7 @@ class MeanMetrics:
         self.bad_step = bad_step
 
     def check(self) -> None:
-        """Wait for the device; raise `RunError` where a metric was not finite."""
+        """Wait for the device; raise `RunError` if a metric was not finite."""
         if self.counts and not self.total.isfinite().all():
             step, index = self.bad_step.min(0)
             raise RunError(f"{list(self.counts)[index]} is not finite at step {step:.0f}")
@@ -89,10 +89,10 @@ def name_per_critic(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Wandb:
-    """A W&B run: offline where there is no key or no server, and never in training's way.
+    """A W&B run. It records offline without a key or a server, and no problem of it stops training.
 
-    The id that is really used stays in the directory's wandb_id, and a resumed run sends all its
-    records again: W&B gets each at least once, and a record sent twice overwrites itself.
+    The directory's wandb_id keeps the id that W&B used. A resumed run sends all its records again:
+    W&B gets each at least once, and a record sent twice overwrites itself.
     """
 
     def __init__(self, directory: Optional[RunDirectory], **options: Any):
@@ -115,8 +115,8 @@ class Wandb:
             self.run.define_metric("*", step_metric="step")
             if directory:
                 self.keep_id(directory)
-        except Exception as error:  # nothing of it is worth a run
-            print("W&B fails, metrics.jsonl is written all the same:", *str(error).split())
+        except Exception as error:  # lost log records are no reason to discard training
+            print("W&B fails; metrics.jsonl is still written:", *str(error).split())
         for record in directory.records() if directory else []:
             self.send(record)
 
@@ -140,7 +140,7 @@ class Wandb:
             if self.run:
                 self.run.log(record)
         except Exception as error:
-            print("W&B stopped, metrics.jsonl goes on:", *str(error).split())
+            print("W&B stopped; metrics.jsonl is still written:", *str(error).split())
             self.run = None
 
     def close(self, patience: float) -> None:
@@ -198,7 +198,7 @@ class Log:
 
     @contextlib.contextmanager
     def paused(self, why: str = "") -> Iterator[None]:
-        """What is done meanwhile does not count as time of updates; the bar says `why`."""
+        """Within, time does not count as time of updates; the bar says `why`."""
         before = time.perf_counter()
         description = self.bar.desc
         if why:
@@ -213,6 +213,6 @@ class Log:
         self.bar.update()
 
     def close(self, patience: float) -> None:
-        """Give W&B at most `patience` seconds for what it has still to send."""
+        """Give W&B at most `patience` seconds to send the rest."""
         self.bar.close()
         self.wandb.close(patience)

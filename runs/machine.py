@@ -20,9 +20,9 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def control_group_folders(controller: str, root: Path, own: Path) -> Iterator[Path]:
-    """Of this process's control group and those around it, by version 2 and version 1.
+    """The folders of this process's control group and of those around it, of versions 2 and 1.
 
-    In a container the path may be one of the host's: what is not there is passed over.
+    In a container a path may be the host's, and not exist.
     """
     with contextlib.suppress(OSError, ValueError):  # there are no groups
         for line in own.read_text().splitlines():
@@ -38,7 +38,7 @@ def control_group_folders(controller: str, root: Path, own: Path) -> Iterator[Pa
 
 
 def numbers_in(path: Path) -> list[float]:
-    """What a control group's file says; [] where there is none, "max" and -1 are infinite."""
+    """The numbers in a control group's file; [] without one. "max" and -1 are infinite."""
     try:
         words = path.read_text().split()
         return [math.inf if word in ("max", "-1") else float(word) for word in words]
@@ -47,7 +47,7 @@ def numbers_in(path: Path) -> list[float]:
 
 
 def core_limit(root: Path = CONTROL_GROUPS, own: Path = Path("/proc/self/cgroup")) -> float:
-    """The least of the quotas of the control groups that this process is in, in cores."""
+    """The smallest quota of the control groups that this process is in, in cores."""
     limits = [math.inf]
     for folder in control_group_folders("cpu", root, own):
         quota = numbers_in(folder / "cpu.cfs_quota_us")
@@ -61,7 +61,7 @@ def core_limit(root: Path = CONTROL_GROUPS, own: Path = Path("/proc/self/cgroup"
 
 
 def memory_limit(root: Path = CONTROL_GROUPS, own: Path = Path("/proc/self/cgroup")) -> float:
-    """The least of the limits of the control groups that this process is in, in bytes."""
+    """The smallest limit of the control groups that this process is in, in bytes."""
     limits = [math.inf]
     for folder in control_group_folders("memory", root, own):
         for name in ("memory.max", "memory.limit_in_bytes"):
@@ -70,7 +70,7 @@ def memory_limit(root: Path = CONTROL_GROUPS, own: Path = Path("/proc/self/cgrou
 
 
 def available_cores() -> int:
-    """Those that this process may use, by its affinity and its control groups' quotas."""
+    """The cores that this process may use, by its affinity and its control groups' quotas."""
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), core_limit())))
 
 
@@ -93,7 +93,7 @@ TORCH_PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """Round the factors of matrix products so; raises `InputError` where the device does not."""
+    """Set the rounding of matrix products' factors; raises `InputError` if the device lacks it."""
     on_cuda = device.type == "cuda"
     if precision == "tf32" and not on_cuda:
         raise InputError(f"precision: found tf32, expected float32 on {device}")
@@ -109,7 +109,7 @@ def set_precision(precision: str, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def cpu_products(precision: str) -> Iterator[None]:
-    """Have the CPU's matrix products round their factors to bf16 where it can, or, ieee, not."""
+    """Within, the CPU's matrix products round their factors ("bf16", if it can) or not ("ieee")."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = precision
@@ -121,13 +121,13 @@ def cpu_products(precision: str) -> Iterator[None]:
 
 @cpu_products("bf16")
 def rounds_to_bfloat16() -> bool:
-    """Whether products of a hidden layer's size are rounded here: tried, as no flag tells."""
+    """Whether products of a hidden layer's size are rounded here: tried, since no flag tells."""
     factor = torch.full((2, 256, 256), 1.001)  # in bfloat16 that is 1
     return bool((factor @ factor == 256.0).all())
 
 
 def memory_needed(config: Any, observation_dim: int, action_dim: int) -> float:
-    """A lower bound of the bytes that a run of these options takes."""
+    """A lower bound of the bytes that a run with these options needs."""
     hidden = config.hidden_dim
     inputs = observation_dim + action_dim
     critics = config.n_critics * hidden * (inputs + hidden * (config.q_n_hidden_layers - 1))
@@ -141,7 +141,7 @@ def memory_needed(config: Any, observation_dim: int, action_dim: int) -> float:
 
 
 def check_memory(needed: float, device: torch.device, config: Any, names: str) -> None:
-    """Raise `InputError` where the device has less than the bytes `needed` for these options."""
+    """Raise `InputError` if the device has fewer bytes than are `needed` for these options."""
     left = available_memory(device)
     found = ", ".join(f"{name} {getattr(config, name)}" for name in names.split())
     if needed > left:
@@ -160,14 +160,14 @@ def available_memory(device: torch.device) -> float:
 
 
 def flush_denormals() -> None:
-    """Have the CPU take numbers below 1e-38 for 0: it is many times slower with them."""
+    """Have the CPU treat numbers below 1e-38 as 0: it is many times slower with them."""
     for kind in (np.float32, np.float64):
         np.finfo(kind)  # numpy measures the smallest number once; afterwards it would warn
     torch.set_flush_denormal(True)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse what an update frees; to get it anew costs a tenth of a CPU's time."""
+    """Have glibc reuse the memory that an update frees; new memory costs a tenth of CPU time."""
     with contextlib.suppress(OSError, AttributeError):  # another libc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
@@ -175,7 +175,7 @@ def keep_freed_memory() -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """By what code and where a run is made: what decides the last bits of its numbers."""
+    """The code and the machine of a run, which decide the last bits of its numbers."""
     git = ["git", "-C", str(Path(__file__).resolve().parents[1]), "describe", "--always", "--dirty"]
     commit, processor = "unknown", "unknown"
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -204,7 +204,7 @@ def set_random_states(states: list[torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def kept_random_states() -> Iterator[None]:
-    """What is drawn within does not change what is drawn afterwards."""
+    """Random numbers drawn within do not change those drawn afterwards."""
     states = random_states()
     try:
         yield
@@ -216,10 +216,10 @@ WORTH_COMPILING = 5_000  # updates of the offline phase
 
 
 def compiles(wanted: Optional[bool], offline_updates: int) -> bool:
-    """Whether to compile: as wanted, or else with a C++ compiler in all but short offline phases.
+    """Whether to compile: as wanted, by default with a C++ compiler and if the run is not short.
 
-    A run without an offline phase counts as long. The online phase's length does not count, so
-    that an extended run goes on as it began.
+    Runs with fewer offline updates than `WORTH_COMPILING` are short, but not those without any. The
+    online phase does not count, so that an extended run continues as it began.
     """
     if wanted is not None:
         return wanted
@@ -230,7 +230,7 @@ def compiles(wanted: Optional[bool], offline_updates: int) -> bool:
 class Compiled:
     """A function of tensors (nested in tuples) and, last, of plain values, compiled into one graph.
 
-    On CUDA that is a captured graph. Where compiling fails, the function is called as it is.
+    On CUDA the graph is captured. If compiling fails, the original function is called.
     """
 
     def __init__(self, function: Callable):
@@ -241,7 +241,7 @@ class Compiled:
         self.ready: set[tuple] = set()  # plain values that it has been called with
 
     def is_ready(self, values: tuple) -> bool:
-        """Whether a call with these plain values begins without compiling."""
+        """Whether a call with these plain values starts without compiling."""
         return self.compiled is None or values in self.ready
 
     def __call__(self, *args: Any) -> Any:
@@ -253,7 +253,7 @@ class Compiled:
                 return result
             except Exception as error:  # a compiler can raise any exception
                 reason = " ".join(str(error).split()[:40])
-                print(f"compile: torch.compile fails, so the run goes on eagerly ({reason})")
+                print(f"compile: torch.compile fails, so the run continues eagerly ({reason})")
                 self.compiled = None
         return self.function(*args)
 

@@ -71,7 +71,7 @@ HOLDS: dict[str, tuple[Callable[[Any], Any], str]] = {  # ranges: what must hold
 
 
 def option(default: Any, values: str) -> Any:
-    """An option with a range of values, a key of `HOLDS`; null is allowed where the type is."""
+    """An option with a range of values, a key of `HOLDS`; an Optional type also allows null."""
     return dataclasses.field(default=default, metadata={"values": values})
 
 
@@ -87,9 +87,9 @@ def may_change(default: Any, values: str = "") -> Any:
 def identify(config: Any, dataset: Optional[str], task: str) -> dict[str, Any]:
     """What makes two commands the same run: the options that may not change within a run.
 
-    Only those that differ from the defaults count, so that new options leave old runs their names.
-    `dataset_path` counts by the dataset's name and bytes, wherever it lies; of a root folder with
-    datasets by task (those have a "/"), only the task's own counts.
+    Only values other than the defaults count, so a new option does not rename old runs.
+    `dataset_path` counts by the dataset's name and size, not its folder. For a root folder with a
+    dataset per task (whose id has a "/"), only the task's own dataset counts.
     """
     options = {}
     for field in dataclasses.fields(config):
@@ -114,7 +114,7 @@ def name_run(prefix: str, identity: dict[str, Any]) -> str:
 
 
 def resolve(text: str) -> Optional[str]:
-    """None for what an unquoted text calls null; every other text is what was written."""
+    """None if an unquoted text means null; otherwise the text as it was written."""
     return None if text in NULLS else text
 
 
@@ -214,7 +214,7 @@ def check_values(config: Any, kinds: dict[str, Any]) -> None:
 
 
 def text_of(name: str, node: yaml.Node) -> Optional[str]:
-    """The value of a YAML node, as it is written; raises ValueError where it is not one text."""
+    """The value of a YAML node, as it is written; raises ValueError if it is not one text."""
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError(f"{name}: found a {node.id}, expected one value")
     if node.tag != yaml.BaseLoader.DEFAULT_SCALAR_TAG:
@@ -224,7 +224,7 @@ def text_of(name: str, node: yaml.Node) -> Optional[str]:
 
 
 def read_config_file(path: str) -> dict[str, Optional[str]]:
-    """The options in a YAML file, as texts; raises `InputError` where it holds none."""
+    """The options in a YAML file, as texts; raises `InputError` if it holds none."""
     options: dict[str, Optional[str]] = {}
     try:
         with open_regular(Path(expand_home(path, "config_path")), "r", encoding="utf-8") as file:
@@ -233,7 +233,7 @@ def read_config_file(path: str) -> dict[str, Optional[str]]:
             raise ValueError("it holds no options" if root else "it is empty")
         for key, node in root.value:
             name = str(key.value)
-            if name in options:  # YAML itself takes the last in silence
+            if name in options:  # YAML would silently take the last
                 raise ValueError(f"{name} is given twice")
             options[name] = text_of(name, node)
         return options
@@ -263,7 +263,7 @@ class ConfigParser(pyrallis.argparsing.ArgumentParser):
         self.add_argument("--config_path", action="append", metavar="path", help=about)
         self.add_argument("--_wandb", help=argparse.SUPPRESS)  # `wandb agent` adds it
         self.ranges = ranges
-        # what begins so is a value, not an option
+        # what begins like a number is a value, not an option
         self._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
@@ -271,7 +271,7 @@ class ConfigParser(pyrallis.argparsing.ArgumentParser):
 
     def parse_known_args(self, args: Optional[list[str]] = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else args
-        if {"-h", "--help"} & set(args):  # pyrallis would refuse the values that stand beside it
+        if {"-h", "--help"} & set(args):  # pyrallis would refuse other arguments beside it
             args = ["--help"]
         return super().parse_known_args(args, namespace)
 

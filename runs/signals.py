@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: when they stop a run, and when they wait."""
+"""SIGTERM and SIGINT: when they stop a run, and when they have to wait."""
 
 import contextlib
 import multiprocessing.resource_tracker
@@ -11,7 +11,7 @@ from runs.errors import Stop
 
 
 class StopSignals:
-    """Turns a first SIGTERM or SIGINT into `Stop`, at the next `check`; a second one exits."""
+    """Turns the first SIGTERM or SIGINT into `Stop` at the next `check`; a second one exits."""
 
     def __init__(self):
         self.received: Optional[int] = None
@@ -32,7 +32,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within, a signal raises wherever it comes: what is done there can be done again."""
+        """Within, a signal raises immediately: what is interrupted there can be done again."""
         self.raising = True
         try:
             self.check()
@@ -43,11 +43,11 @@ class StopSignals:
 
 @contextlib.contextmanager
 def blocked_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT wait until afterwards, and never reach a process started meanwhile.
+    """Within, SIGTERM and SIGINT wait, and processes started there never receive them.
 
-    So what is sent to the whole group reaches this process alone, which decides when to stop.
+    So a signal to the whole process group only reaches this process, which decides when to stop.
     """
-    multiprocessing.resource_tracker.ensure_running()  # started meanwhile, it would unblock them
+    multiprocessing.resource_tracker.ensure_running()  # started within, it would unblock them
     waiting: list[int] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())

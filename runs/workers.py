@@ -18,14 +18,14 @@ Result = TypeVar("Result")
 
 
 class WorkerDied(RunError):
-    """A worker process cannot begin, or has ended without an answer."""
+    """A worker process cannot start, or has ended without a result."""
 
 
 class Workers:
     """Calls `play(task, seed)` for several seeds, in `count` processes with a task each.
 
-    Without a count there is a process for each core, 8 at most, and never more than `most`. A
-    single process is this one, with the task given; others make theirs by `make_task`.
+    Without a count there is one for each core, 8 at most; there are never more than `most`. If
+    there is only one, this process plays, with the task given; others make theirs by `make_task`.
     """
 
     def __init__(self, count: Optional[int], most: int, task: Any, make_task: Callable[[], Any]):
@@ -35,7 +35,7 @@ class Workers:
         self.pool: Optional[ProcessPoolExecutor] = None  # started by the first call of `map`
 
     def map(self, play: Callable[[Any, int], Result], seeds: list[int]) -> list[Result]:
-        """The result for each seed; raises what `play` raises, and `WorkerDied`."""
+        """The result for each seed; raises `WorkerDied` and any error of `play`."""
         if self.count > 1 and self.pool is None:
             self.start()
         if self.pool is None:
@@ -49,7 +49,7 @@ class Workers:
             raise WorkerDied("a process that plays evaluation episodes has died") from None
 
     def start(self) -> None:
-        """Make the pool; without shared memory for its locks, go on in this process."""
+        """Make the pool; without shared memory for its locks, use this process instead."""
         context = multiprocessing.get_context("spawn")  # a fork would copy threads and CUDA
         try:
             self.pool = ProcessPoolExecutor(
@@ -60,7 +60,7 @@ class Workers:
             print(f"eval_workers: no processes can be made here ({error}); evaluation runs in one")
 
     def close(self) -> None:
-        """End the workers, and drop what Python would otherwise report as left behind."""
+        """End the workers, and the pool, which Python would otherwise report as leaked."""
         for process in multiprocessing.active_children():
             process.kill()
         if self.pool:
@@ -69,10 +69,10 @@ class Workers:
 
 
 def start_worker(make_task: Callable[[], Any]) -> None:
-    """Begin a process that plays: it ends with its parent, and only then."""
+    """Start a process that plays episodes: it ends with its parent, and not before."""
     global worker_task, failure
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if not multiprocessing.parent_process().is_alive():  # it was killed before that
+    if not multiprocessing.parent_process().is_alive():  # it was killed before the line above
         os._exit(1)
     worker_task = failure = None
     try:
@@ -83,5 +83,5 @@ def start_worker(make_task: Callable[[], Any]) -> None:
 
 def play_in_worker(play: bytes, seed: int) -> Any:
     if failure:
-        raise WorkerDied(f"a process that plays evaluation episodes cannot begin: {failure}")
+        raise WorkerDied(f"a process that plays evaluation episodes cannot start: {failure}")
     return pickle.loads(play)(worker_task, seed)

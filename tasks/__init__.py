@@ -1,6 +1,6 @@
-"""Tasks: each an environment and the rows of its data.
+"""Tasks: each is an environment and the rows of its data.
 
-The form of the id says whose a task is: `D4RL/door/human-v2` is Minari's,
+The form of the id tells the benchmark: `D4RL/door/human-v2` is Minari's,
 `cube-single-play-singletask-v0` OGBench's, `door-binary-v0` the Cal-QL paper's, all others D4RL's.
 
     task = tasks.make("antmaze-umaze-v2")
@@ -19,9 +19,9 @@ __all__ = ["Step", "Task", "check_sizes", "episode_ends", "make"]
 
 
 def make(name: str, dataset_path: Optional[str] = None) -> Task:
-    """The task of that id; raises `InputError` if there is none or it cannot run here.
+    """The task with this id; raises `InputError` if there is none or it cannot run here.
 
-    `dataset_path` is for Minari's tasks, whose environment is named in the dataset.
+    Only Minari's tasks need `dataset_path`, because their datasets name the environment.
     """
     # A family is imported when one of its tasks is made, since it loads a simulator.
     if "/" in name:

@@ -13,10 +13,10 @@ from tasks.task import Step, check_rows
 
 
 class BinaryAdroit(D4RL):
-    """The paper's Adroit: D4RL's environments, paying -1 a step and 0 at the goal, which ends them.
+    """The paper's Adroit: D4RL's environments with a reward of -1, or 0 at the goal.
 
-    Dropping the pen does not end an episode. Time limits are D4RL's, as in mj_envs, where these
-    tasks come from: 100 steps for the pen, 200 for the rest. The score is 100 at the goal, else 0.
+    The goal ends an episode; dropping the pen does not. Time limits are D4RL's, as in mj_envs,
+    where these tasks come from: 100 steps for the pen, 200 for the rest. Success scores 100.
 
     The data is an HDF5 file, or a folder with the two files that the paper's authors published:
     episodes of demonstrators and of a policy cloned from them, with the same rewards.
@@ -38,7 +38,7 @@ class BinaryAdroit(D4RL):
     def step(self, action: np.ndarray) -> Step:
         observation, _, _, info = self.env.step(action * self.action_scale)
         success = bool(info["goal_achieved"])
-        # gym sets the key in the last permitted step: to False if the pen is dropped in just that
+        # gym sets the key in the last permitted step, to False if the pen is dropped in that step
         truncated = "TimeLimit.truncated" in info and not success
         reward = float(success) - 1.0
         return Step(observation.astype(np.float32), reward, success, truncated, success)
@@ -72,8 +72,8 @@ class BinaryAdroit(D4RL):
             low = rows["rewards"].min()
             high = rows["rewards"].max()
             raise InputError(
-                f"dataset {path}: rewards from {low:.4g} to {high:.4g}, expected -1 and 0 alone; "
-                "data with dense rewards is another task's"
+                f"dataset {path}: rewards from {low:.4g} to {high:.4g}, expected only -1 and 0; "
+                "data with dense rewards belongs to another task"
             )
         rows["terminals"] |= rows["rewards"] == 0
         return rows
@@ -95,9 +95,9 @@ class BinaryAdroit(D4RL):
 
 
 def up_to_goal(episode: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The rows of one of the authors' episodes up to its last reward of 0, or none without one.
+    """The rows of one of the authors' episodes up to its last reward of 0; none without one.
 
-    Their own code, too, takes observations in dicts, and leaves out a last reward without a row.
+    Like the authors' code, it accepts observations in dicts and drops a last reward without a row.
     """
     rewards = np.ravel(episode["rewards"])[: len(episode["observations"])]
     end = np.flatnonzero(rewards == 0).max(initial=-1) + 1
@@ -118,7 +118,7 @@ for core in ("numpy.core", "numpy._core"):
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, numbers, text and numpy's arrays. It calls nothing else a file names."""
+    """Reads lists, dicts, numbers, text and numpy arrays; calls nothing else that a file names."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):  # older pickles write an array's bytes as text
@@ -137,7 +137,7 @@ def unpickle(path: Path) -> Any:
 
 
 def skip_npy_header(file: BinaryIO) -> None:
-    """Go to the pickle in an .npy file of objects; in a plain pickle, stay at its beginning."""
+    """Move to the pickle in an .npy file of objects; stay at the beginning of a plain pickle."""
     if file.read(6) != b"\x93NUMPY":
         file.seek(0)
     elif file.read(2) == b"\1\0":  # the header's version

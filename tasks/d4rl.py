@@ -27,7 +27,7 @@ class D4RL(Task):
             (self.action_dim,) = self.env.action_space.shape
         except ValueError as error:
             raise InputError(f"env: {error}") from None
-        except Exception as error:  # gym's other environments raise all kinds
+        except Exception as error:  # gym's other environments can raise any exception
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise InputError(
                 f"env: found {name!r}, expected a D4RL task such as antmaze-umaze-v2, with scores "
@@ -52,14 +52,14 @@ class D4RL(Task):
         return Step(observation.astype(np.float32), float(reward), terminal, truncated, success)
 
     def score(self, episode_return: float, success: bool) -> float:
-        """D4RL's score of the episode just played: 0 is a random policy's, 100 an expert's."""
+        """D4RL's score of the episode just played: 0 for a random policy, 100 for an expert."""
         return 100.0 * float(self.env.get_normalized_score(episode_return))
 
     def published_file(self) -> Path:
         """D4RL's own dataset, downloaded if it is not here yet."""
         url = self.env.dataset_url
         if not url:
-            raise InputError(f"env: D4RL has no data for {self.name}; name a file, --dataset_path")
+            raise InputError(f"env: D4RL has no data for {self.name}; pass a --dataset_path")
         file = data_directory("D4RL_DATASET_DIR", "~/.d4rl/datasets") / url.rpartition("/")[2]
         if is_file(file):
             return file
@@ -75,11 +75,11 @@ class D4RL(Task):
 
 
 class Kitchen(D4RL):
-    """D4RL's kitchen with its data's rewards: each step pays the subtasks complete in its state.
+    """D4RL's kitchen with the data's rewards: each step pays the subtasks complete in its state.
 
-    D4RL's environment pays each subtask once. With that, a reward bias would make the same state
-    worth less online than offline. An episode ends when all subtasks are complete at once. The
-    score is D4RL's: the share of subtasks that were ever complete. Success means all of them.
+    D4RL's environment pays each subtask once, so a reward bias would make the same state worth less
+    online than offline. An episode ends when all subtasks are complete at once. The score is
+    D4RL's: the share of subtasks that were ever complete. Success means all of them.
     """
 
     def __init__(self, name: str):

@@ -1,13 +1,13 @@
 """Run the real gym 0.23 and the real D4RL on today's `mujoco` package.
 
 D4RL imports `mujoco_py`, which needs the retired MuJoCo 2.1 binary, and `mjrl`, which is on no
-package index. Importing this module makes both names importable: the real packages where they
-work, else the small stand-ins below, with the part of their interfaces that gym and D4RL use.
-Tasks, rewards, resets and models are D4RL's own.
+package index. Importing this module makes both names importable: the real packages if they work,
+otherwise the small stand-ins below, with the part of the interfaces that gym and D4RL use. Tasks,
+rewards, resets and models are D4RL's own.
 
     from tasks import d4rl_compat
     env = d4rl_compat.make("antmaze-umaze-v2")
-    observation = d4rl_compat.reset(env, seed=0)  # the episode depends on seed and actions alone
+    observation = d4rl_compat.reset(env, seed=0)  # the episode only depends on seed and actions
     observation, reward, done, info = env.step(env.action_space.sample())
 
 `PHYSICS` says in one phrase which simulator runs.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def _import_mujoco_py() -> types.ModuleType | None:
-    """The real mujoco_py, or None if it does not import; then nothing is printed or left behind."""
+    """The real mujoco_py; None if it does not import, without output and leftover modules."""
     text = io.StringIO()
     try:
         with (
@@ -63,7 +63,7 @@ if _real_mujoco_py is None:
     except Exception as error:  # each OpenGL library raises its own errors
         if "MUJOCO_GL" not in os.environ:
             raise
-        found = f"found {os.environ['MUJOCO_GL']!r}, but no such OpenGL loads ({error})"
+        found = f"found {os.environ['MUJOCO_GL']!r}, but that OpenGL does not load ({error})"
         print(f"error: MUJOCO_GL: {found}; install it (libosmesa6) or unset it", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -161,7 +161,7 @@ def load_model_from_xml(xml: str) -> MjModel:
 
 
 def _updated_xml(path: str) -> str:
-    """The model file at `path` as one XML string, without what newer MuJoCo refuses."""
+    """The model file at `path` as one XML string, adapted to newer MuJoCo."""
     folder = os.path.dirname(os.path.abspath(path))
     root = ElementTree.parse(path).getroot()
     while (include := root.find(".//include")) is not None:
@@ -189,8 +189,8 @@ def _updated_xml(path: str) -> str:
 def _make_coordinates_local(root: ElementTree.Element) -> None:
     """Put the frame of every body at the world's origin, where global and local are the same.
 
-    For gym's hopper and walker2d: MuJoCo dropped global coordinates after 2.3.3. Their bodies have
-    no orientation, and get mass and inertia from their geoms, so that their frames do not matter.
+    gym's hopper and walker2d need it, since MuJoCo dropped global coordinates after 2.3.3. Their
+    bodies have no orientation and get mass and inertia from geoms, so the frames do not matter.
     """
     for compiler in root.iter("compiler"):
         compiler.attrib.pop("coordinate", None)
@@ -285,8 +285,7 @@ PHYSICS = _install()
 def make(name: str) -> gym.Env:
     """Return `gym.make(name)`: gym's and D4RL's own classes, loaded and built without messages.
 
-    Raises ValueError, in one line, for a name that is not registered and where D4RL is not
-    installed.
+    Raises ValueError, in one line, if the name is not registered or D4RL is not installed.
     """
     try:
         gym, maze_env = _import_d4rl()
@@ -309,9 +308,9 @@ def make(name: str) -> gym.Env:
 def reset(env: gym.Env, seed: int) -> np.ndarray:
     """Reset an environment from `make` and return the first observation, (observation_dim,).
 
-    The same seed and actions give the same episode, bit for bit, whatever ran before and in any
-    process. NumPy's global generator is left as it was. Raises ValueError for a seed outside
-    [0, 2**32).
+    The same seed and actions give the same episode, bit for bit, in any process, independent of
+    what ran before. NumPy's global generator is left as it was. Raises ValueError for a seed
+    outside [0, 2**32).
     """
     from gym.utils import seeding
 
@@ -320,8 +319,8 @@ def reset(env: gym.Env, seed: int) -> np.ndarray:
         task = task._wrapped_env
     global_state = np.random.get_state()
     try:
-        # Twice, because of mujoco_py: Adroit moves its objects after a first computation of forces,
-        # and MuJoCo 2 starts its solver from those. In the second reset they have already moved.
+        # Twice, because of mujoco_py: Adroit moves its objects after forces were first computed,
+        # and MuJoCo 2 starts its solver from these. In the second reset they have already moved.
         for _ in range(2):
             np.random.seed(seed)  # ant mazes draw their goal from the global generator
             task.np_random, _ = seeding.np_random(int(seed))
@@ -343,7 +342,7 @@ def _import_d4rl() -> tuple[types.ModuleType, types.ModuleType]:
     skipped = {"d4rl.gym_bullet", "d4rl.pointmaze_bullet"} - set(sys.modules)
     sys.modules.update(dict.fromkeys(skipped))
     try:
-        # D4RL makes its folder for data, a literal "~" where no home directory is known.
+        # D4RL makes its folder for data, a literal "~" if there is no home directory.
         with warnings.catch_warnings(), mock.patch.object(os, "makedirs", _do_nothing):
             warnings.simplefilter("ignore")
             import d4rl
@@ -354,7 +353,7 @@ def _import_d4rl() -> tuple[types.ModuleType, types.ModuleType]:
     finally:
         for name in skipped:
             del sys.modules[name]
-    gym.logger.set_level(gym.logger.ERROR)  # its deprecations of what D4RL calls at every reset
+    gym.logger.set_level(gym.logger.ERROR)  # else deprecation warnings at every reset
     d4rl.offline_env.tqdm = lambda items, **_: items  # "load datafile"
     d4rl.locomotion.maze_env.print = _do_nothing  # "Target Goal" at every reset
     return gym, d4rl.locomotion.maze_env
@@ -370,7 +369,7 @@ def _update_kitchen() -> None:
 
     def read_config_from_node(*args: Any) -> Any:
         value = config.read_config_from_node(*args)
-        return value[0] if value.size == 1 else value  # NumPy 2.4 makes no number of an array
+        return value[0] if value.size == 1 else value  # NumPy 2.4 does not convert it to a number
 
     class Physics(dm_mujoco.Physics):
         @classmethod

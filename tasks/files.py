@@ -15,10 +15,10 @@ from runs.errors import InputError, check_regular, describe, expand_home, is_sys
 
 @contextlib.contextmanager
 def reading(path: Path, kind: str) -> Iterator[None]:
-    """Turn whatever is raised while reading data into an `InputError` of one line.
+    """Turn every exception while reading data into an `InputError` of one line.
 
-    What the operating system refuses is reported as just that. Anything else means that the content
-    is damaged, since a damaged file can raise any exception.
+    If the operating system refused something, the line says that. Any other exception means that
+    the content is damaged.
     """
     try:
         yield
@@ -43,7 +43,7 @@ def enough_memory(path: Path) -> Iterator[None]:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there; raises `InputError` for a FIFO and for what the system refuses."""
+    """Whether the file exists; raises `InputError` for a FIFO or if the system refuses access."""
     try:
         check_regular(path)
     except FileNotFoundError:
@@ -54,13 +54,13 @@ def is_file(path: Path) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Raise `InputError` unless a regular file is there: opening a FIFO would wait forever."""
+    """Raise `InputError` unless it is a regular file: opening a FIFO would wait forever."""
     if not is_file(path):
         raise InputError(f"dataset {path}: there is no such file")
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there; raises `InputError` for what the system refuses."""
+    """Whether the folder exists; raises `InputError` if the system refuses access."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -70,7 +70,7 @@ def is_folder(path: Path) -> bool:
 
 
 def data_directory(variable: str, default: str) -> Path:
-    """The folder that an environment variable names, or else the default; ~ is the user's home."""
+    """The folder that an environment variable names, or the default; ~ is the user's home."""
     return Path(expand_home(os.environ.get(variable) or default, variable))
 
 
@@ -85,7 +85,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_hdf5(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
-    """Those of the arrays `keys` that an HDF5 file has."""
+    """The arrays of an HDF5 file whose names are in `keys`."""
     check_file(path)
     with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
         check_self_contained(file, path)
@@ -93,9 +93,9 @@ def read_hdf5(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
 
 
 def check_self_contained(file: h5py.File, path: Path) -> None:
-    """Raise `InputError` where an HDF5 file names other files to read, or a filter not installed.
+    """Raise `InputError` if an HDF5 file links to other files or needs a filter not installed.
 
-    Called before anything is read, since opening such a link opens the other file.
+    Called before anything is read, since opening an external link opens the other file.
     """
 
     def is_external_link(name: bytes, link: h5py.h5l.LinkInfo) -> object:
@@ -114,7 +114,7 @@ def check_self_contained(file: h5py.File, path: Path) -> None:
 
 
 def check_storage(properties: h5py.h5p.PropDCID, name: str, path: Path) -> None:
-    """Raise `InputError` where a dataset's rows lie in other files or need a missing filter."""
+    """Raise `InputError` if a dataset's rows lie in other files or need a missing filter."""
     if properties.get_external_count() or properties.get_layout() == h5py.h5d.VIRTUAL:
         refuse_other_file(name, path)
     for index in range(properties.get_nfilters()):
@@ -153,7 +153,7 @@ def download(url: str, file: Path) -> None:
 
 def download_error(task: str, url: str, file: Path, error: Exception) -> InputError:
     return InputError(
-        f"dataset: cannot download {url} to {file} ({error}); fetch it elsewhere and put it "
-        f"there, or make data with `python tools/make_dataset.py {task}` and name it with "
+        f"dataset: cannot download {url} to {file} ({error}); download it elsewhere and put it "
+        f"there, or make data with `python tools/make_dataset.py {task}` and pass it with "
         "--dataset_path"
     )

@@ -1,4 +1,4 @@
-"""Tasks in gymnasium's environments: what Minari's, OGBench's and tasks of your own share."""
+"""Tasks with gymnasium environments: what Minari's, OGBench's and your own tasks share."""
 
 import contextlib
 import importlib
@@ -19,7 +19,7 @@ from tasks.task import Step, Task
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Hide what libraries print and warn of. What they raise gets through."""
+    """Hide what libraries print, and their warnings. Exceptions pass."""
     text = io.StringIO()
     with (
         contextlib.redirect_stdout(text),
@@ -32,7 +32,7 @@ def silence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def making_environment() -> Iterator[None]:
-    """Silence, and delete the models that mazes leave in the folder for temporary files."""
+    """Silence libraries, and delete the model files that mazes leave in the temporary folder."""
     with (
         silence(),
         tempfile.TemporaryDirectory() as folder,
@@ -44,7 +44,7 @@ def making_environment() -> Iterator[None]:
 def import_for(env: str, *packages: str) -> list[ModuleType]:
     """Import gymnasium and these packages, which only tasks like `env` need.
 
-    Raises `InputError` where one is missing.
+    Raises `InputError` if one is missing.
     """
     try:
         with silence():
@@ -63,12 +63,12 @@ class GymnasiumTask(Task):
     """A gymnasium environment with flat observations, actions in a symmetric box and a time limit.
 
     Subclasses write `rows`. Raises `InputError` for an environment of another kind. If steps report
-    a goal, as `info["success"]`, the score is 100 for reaching it; set `has_goal` to False where
-    they do not, and the score is the return.
+    success as `info["success"]`, the score is 100 for success. If they do not, set `has_goal` to
+    False; then the score is the return.
     """
 
     def __init__(self, name: str, env: Any, simulator: str = "gymnasium"):
-        """`simulator` is the package whose version `physics` tells."""
+        """`simulator` is the package that `physics` names with its version."""
         self.name = name
         self.env = env
         self.physics = f"{simulator} {importlib.metadata.version(simulator)}"

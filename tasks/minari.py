@@ -22,15 +22,15 @@ from tasks.task import Step, check_rows
 class Minari(GymnasiumTask):
     """A dataset of Minari, by its id (`D4RL/door/human-v2`), and its environment for evaluation.
 
-    `root` (--dataset_path) is the root folder of Minari's datasets. Without it, that is
+    `root` (--dataset_path) is the root folder of Minari's datasets. By default it is
     $MINARI_DATASETS_PATH or Minari's own; a dataset that is not there is downloaded.
 
     Dicts of observations are flattened: all keys of the dataset's space, in its order. Where data
     and environment disagree, one rule holds for both:
 
-    * AntMaze's episodes end at the goal, although the recordings go on there; the score is 100 for
-      reaching it. (Minari's reference adds up rewards at the goal. Its evaluation mazes for umaze
-      are mirrored, Minari issue 304, so those are played in the mazes of the recordings.)
+    * AntMaze's episodes end at the goal, although the recordings continue there; the score is 100
+      for reaching it. (Minari's reference adds up rewards at the goal. Its evaluation mazes for
+      umaze are mirrored, Minari issue 304, so those are played in the mazes of the recordings.)
     * Kitchen's steps pay the subtasks complete in their state. Episodes end when all of the data's
       subtasks are complete at once; the score is the share of them that was ever complete.
 
@@ -48,7 +48,7 @@ class Minari(GymnasiumTask):
                 self.start()
         except InputError:
             raise
-        except Exception as error:  # other environments raise all kinds
+        except Exception as error:  # other environments can raise any exception
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise InputError(
                 f"env: found {name!r}, expected a Minari dataset with an environment that runs "
@@ -141,7 +141,7 @@ class Minari(GymnasiumTask):
         return rows
 
     def episode_rows(self, episode: Any) -> dict[str, np.ndarray]:
-        """What `rows` returns of an episode of T steps and T + 1 observations."""
+        """The part of `rows` that an episode of T steps and T + 1 observations gives."""
         values = episode.observations
         if isinstance(values, dict) and isinstance(goals := values.get("desired_goal"), np.ndarray):
             goals[0] = goals[1]  # a PointMaze episode begins with the previous episode's goal
@@ -158,9 +158,9 @@ class Minari(GymnasiumTask):
 
 
 def open_dataset(minari: ModuleType, folder: Path, name: str) -> Any:
-    """The dataset in `folder`, whose environments may be made: nothing it names has run yet.
+    """The dataset in `folder`, checked before any code runs that it names.
 
-    Raises `InputError` for what is no dataset of that id, and for what needs more packages.
+    Raises `InputError` if it is not a dataset with this id, or needs packages that are missing.
     """
     data = folder / "data"
     with reading(folder, "Minari dataset"):
@@ -175,9 +175,9 @@ def open_dataset(minari: ModuleType, folder: Path, name: str) -> Any:
 
 
 def check_files(data: Path, folder: Path) -> None:
-    """Raise `InputError` where opening the dataset would hang, need another package or run code.
+    """Raise `InputError` if opening the dataset would hang, need another package or run code.
 
-    `check_environment` has the rest of the question: what making its environment would run.
+    `check_environment` checks what making its environment would run.
     """
     for path in data.rglob("*"):
         if not path.is_dir():
@@ -198,7 +198,7 @@ def check_files(data: Path, folder: Path) -> None:
 def check_environment(spec: Any, folder: Path) -> None:
     """Raise `InputError` unless gymnasium knows the environment, entry point and wrappers.
 
-    gymnasium imports and calls whatever a specification names. The arguments may be the dataset's.
+    gymnasium imports and calls everything that a specification names. The arguments may differ.
     """
     import gymnasium
 
@@ -218,12 +218,12 @@ def check_environment(spec: Any, folder: Path) -> None:
 
 
 def entry_points(spec: Any) -> list[Any]:
-    """All that gymnasium calls to make the environment: its own entry point and its wrappers'."""
+    """What gymnasium calls to make the environment: its own entry point and its wrappers'."""
     return [spec.entry_point, *(wrapper.entry_point for wrapper in spec.additional_wrappers)]
 
 
 def check_pyarrow(data_format: str, folder: Path) -> None:
-    """Raise `InputError` where pyarrow is missing, or so old that its files can run code."""
+    """Raise `InputError` if pyarrow is missing, or so old that its files can run code."""
     from packaging.version import Version
 
     try:
@@ -286,7 +286,7 @@ except Exception as error:
 def minari_folder(name: str, root: Optional[str]) -> Path:
     """The dataset's folder in `root`, or in Minari's own store, where it is downloaded if missing.
 
-    Raises `InputError` where it cannot be had, with the ids that are close to `name`.
+    Raises `InputError`, with the ids that are close to `name`, if it cannot be downloaded.
     """
     published = [form.format(data) for form, names in MINARI_DATA.items() for data in names.split()]
     close = close_matches(name, published)
@@ -309,15 +309,15 @@ def minari_folder(name: str, root: Optional[str]) -> Path:
     except OSError as error:
         raise InputError(
             f"env: cannot download {name} to {folder} ({error}); download it elsewhere and put it "
-            f"there, or name the root folder that has it by --dataset_path{hint}"
+            f"there, or pass the root folder that has it with --dataset_path{hint}"
         ) from None
     return folder
 
 
 def download_from_minari(name: str, root: Path) -> None:
-    """Put the dataset of that id into `root` once it is complete; raises OSError.
+    """Download the dataset, and move it into `root` once it is complete; raises OSError.
 
-    In a separate process, since Hugging Face's threads would outlast a signal.
+    A separate process does it, since Hugging Face's threads would survive a signal.
     """
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as part:
@@ -326,7 +326,7 @@ def download_from_minari(name: str, root: Path) -> None:
             env=os.environ | {"MINARI_DATASETS_PATH": part, "HF_HUB_VERBOSITY": "error"},
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is for this process, which kills that one
+            start_new_session=True,  # so Ctrl-C only reaches this process, which kills that one
         )
         if done.returncode:
             raise OSError(" ".join(done.stdout.split()) or f"exit code {done.returncode}")

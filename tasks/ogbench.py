@@ -18,9 +18,9 @@ from tasks.task import check_rows
 class OGBench(GymnasiumTask):
     """A single task of OGBench, by its dataset's id: `cube-single-play-singletask-task2-v0`.
 
-    The state before a step decides what the step pays and whether it ends the episode, as in the
-    data. Mazes and single cubes pay -1, or 0 at the goal. The others pay minus the number of
-    subtasks that are not complete.
+    As in the data, the state before a step determines its reward and whether it ends the episode.
+    Mazes and single cubes pay -1, or 0 at the goal. The others pay minus the number of subtasks
+    that are not complete.
     """
 
     failure_reward = -1.0
@@ -64,7 +64,7 @@ class OGBench(GymnasiumTask):
     def rows(self, path: Path) -> dict[str, np.ndarray]:
         """The arrays of a file in OGBench's layout, with this task's rewards by OGBench's own rule.
 
-        Each goal state is terminal, even if the recording goes on. Each recording's last row is a
+        Each goal state is terminal, even if the recording continues. Each recording's last row is a
         timeout. Actions are clipped just inside the bounds, where the policy has no density.
         """
         kind = ".npz file in OGBench's layout"
@@ -102,7 +102,7 @@ class OGBench(GymnasiumTask):
 
 
 def environment_names(registry: Iterable[str]) -> dict[str, str]:
-    """The environment's id for each task's id, of those that observe the state."""
+    """The environment's id for each task's id; only tasks with states as observations."""
     names = {}
     for env_name in registry:
         family, found, task = env_name.partition("-singletask")

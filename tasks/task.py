@@ -1,4 +1,4 @@
-"""The interface of a task, and what holds for the rows of every dataset."""
+"""The interface of a task, and the checks that apply to every dataset."""
 
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -10,11 +10,11 @@ from tasks.files import enough_memory, is_file
 
 
 class Step(NamedTuple):
-    """What playing one action yields."""
+    """The result of playing one action."""
 
     observation: np.ndarray  # [S], float32
     reward: float
-    terminal: bool  # the task's own end, also on the last permitted step
+    terminal: bool  # the task itself ended, even if on the last permitted step
     truncated: bool  # cut off by the time limit
     success: bool  # whether this step reaches the goal
 
@@ -22,8 +22,8 @@ class Step(NamedTuple):
 class Task:
     """An environment with actions in [-1, 1], and the rows of its data.
 
-    Episodes are seeded one by one: the same seed and actions give the same episode, in any process
-    and whatever ran before.
+    Episodes are seeded one by one: the same seed and actions give the same episode, in any process,
+    independent of what ran before.
 
     To add a benchmark:
 
@@ -87,14 +87,14 @@ class Task:
         """The arrays of the dataset at `path`, one row per step, checked.
 
         Returns observations [N, S], actions [N, A] in [-1, 1] and rewards [N] in float32,
-        terminals [N] in bool; where the data has them, next_observations [N, S] and timeouts [N],
-        or, in Minari's, truncations [N]; jumps [N] where there are any. `episode_ends` says what
+        terminals [N] in bool; if the data has them, also next_observations [N, S] and timeouts [N],
+        in Minari's truncations [N] instead; jumps [N] if there are any. `episode_ends` says what
         they mean.
         """
         raise NotImplementedError
 
     def data_file(self, path: Optional[str]) -> Path:
-        """The dataset at `path`, or else the published one."""
+        """The dataset at `path`; without a path, the published one."""
         if path is None:
             return self.published_file()
         if not is_file(Path(path)):
@@ -106,7 +106,7 @@ class Task:
 
     def published_file(self) -> Path:
         """The published dataset, downloaded if it is not here yet."""
-        raise InputError(f"env: no data is published for {self.name}; name a file, --dataset_path")
+        raise InputError(f"env: no data is published for {self.name}; pass a --dataset_path")
 
 
 NEEDED = ["observations", "actions", "rewards", "terminals"]
@@ -117,8 +117,8 @@ ENDS = "terminals", "timeouts", "truncations"
 def check_rows(raw: dict[str, np.ndarray], task: Task, path: Path) -> dict[str, np.ndarray]:
     """Cast, scale and check the arrays of a dataset; returns what `Task.rows` must return.
 
-    Needs observations, actions, rewards and terminals; arrays of other names are left out. Prints a
-    line for rows that jump (see `find_jumps`). Raises `InputError` for what is wrong, in one line.
+    Needs observations, actions, rewards and terminals; drops arrays with other names. Prints a line
+    if rows jump (see `find_jumps`). Raises `InputError` of one line for the first error.
     """
     with enough_memory(path):
         rows = cast_rows(raw, task, path)
@@ -140,7 +140,7 @@ def check_rows(raw: dict[str, np.ndarray], task: Task, path: Path) -> dict[str, 
 
 
 def cast_rows(raw: dict[str, np.ndarray], task: Task, path: Path) -> dict[str, np.ndarray]:
-    """The arrays in their types and shapes, for `check_rows`."""
+    """The arrays in the expected types and shapes, for `check_rows`."""
 
     def expect(holds: bool, problem: str) -> None:
         if not holds:
@@ -165,12 +165,12 @@ def cast_rows(raw: dict[str, np.ndarray], task: Task, path: Path) -> dict[str, n
         with np.errstate(over="ignore"):
             rows[key] = values.astype(bool if key in ENDS else np.float32)
         finite = np.isfinite(values).all() and np.isfinite(rows[key]).all()
-        expect(finite, f"{key} holds NaN, infinite values or such as float32 cannot hold")
+        expect(finite, f"{key} holds NaN, infinite values or values too large for float32")
     return rows
 
 
 def digits_beyond_1(value: float) -> str:
-    """The number with as many digits as show that it is more than 1."""
+    """The number, with enough digits to show that it exceeds 1."""
     for digits in range(4, 10):
         text = f"{value:.{digits}g}"
         if float(text) > 1:
@@ -181,10 +181,10 @@ def digits_beyond_1(value: float) -> str:
 def find_jumps(rows: dict[str, np.ndarray], task: Task) -> np.ndarray:
     """Which rows lead into another episode although no flag says so, [N] bool; only in mazes.
 
-    D4RL's AntMaze v0 sets its time-limit flags a few rows late, so that rows between lead from one
-    episode into the next, through walls. A jump is a move of x and y by more than half a cell and
-    more than ten times the median move. Measured steps are far shorter: at most 0.35 of a cell's 4
-    units by D4RL's ant, walking, and 0.074 of 1 by its point at full speed.
+    D4RL's AntMaze v0 sets its time-limit flags a few rows late, so the rows between limit and flag
+    lead from one episode into the next, through walls. A jump moves x and y by more than half a
+    cell and by more than ten times the median move. Measured steps are far shorter: at most 0.35
+    for D4RL's walking ant, whose cells are 4 wide, and 0.074 for its point, whose cells are 1 wide.
     """
     if task.cell_size is None:
         return np.zeros(len(rows["rewards"]), bool)
@@ -203,15 +203,15 @@ def find_jumps(rows: dict[str, np.ndarray], task: Task) -> np.ndarray:
 def episode_ends(
     rows: dict[str, np.ndarray], max_episode_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows are the last of their episode, and which of them are cut: [N] bool each.
+    """Which rows are the last of their episode, and which of those are cut: [N] bool each.
 
     A cut row is no transition: its next observation is not in the data.
 
-    An episode ends at a terminal, at a timeout, where the next observation is not the following
-    row's observation, at a jump, and with the file. Where the file has no timeouts, the length
-    limit stands for them. (Where it has, an episode may hold one row more than the limit, as in
-    D4RL's AntMaze.) Timeouts, jumps and the file's last row are cut, unless they are terminal.
-    Rows with `truncations` have the next observations of those ends too, so only jumps are cut.
+    An episode ends at a terminal, at a timeout, where the next observation differs from the next
+    row's observation, at a jump, and with the file. If the file has no timeouts, the length limit
+    replaces them. (With timeouts, an episode may hold one row more than the limit, as in D4RL's
+    AntMaze.) Timeouts, jumps and the file's last row are cut, unless they are terminal. Rows with
+    `truncations` also have the next observations of those ends, so only jumps are cut.
     """
     n = len(rows["rewards"])
     jumps = rows.get("jumps", np.zeros(n, bool))
@@ -233,7 +233,7 @@ def episode_ends(
 
 
 def check_sizes(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """Raise `InputError` for scaled values whose square float32 cannot hold."""
+    """Raise `InputError` for scaled values whose square overflows float32."""
     for name, values in arrays.items():
         largest = np.abs(values).max()
         if not largest < 1e18:

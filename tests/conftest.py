@@ -23,7 +23,7 @@ LONGEST = """test_resume test_ogbench test_update test_wandb test_sweeps test_mi
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Processes take files in this order, so that none is left alone with a long one at the end."""
+    """Start the longest files first, so that no process still runs one when the others are done."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 

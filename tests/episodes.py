@@ -16,18 +16,18 @@ import tasks
 Hashes = dict[tuple[str, int], set[str]]  # of all episodes played, by name and seed
 
 
-def hashes_of(names: list[str], seeds: list[int], root: Optional[Path] = None) -> Hashes:
+def hash_episodes(names: list[str], seeds: list[int], root: Optional[Path] = None) -> Hashes:
     """Play 30 random steps of each task and seed, one after the other."""
     found: Hashes = {}
     for name in names:
         task = tasks.make(name, root and str(root))
         for seed in seeds:
-            found.setdefault((name, seed), set()).add(hash_of(task, seed))
+            found.setdefault((name, seed), set()).add(hash_episode(task, seed))
     return found
 
 
-def hash_of(task: tasks.Task, seed: int) -> str:
-    """Of all that an episode shows, and of the simulator's hidden state at its start."""
+def hash_episode(task: tasks.Task, seed: int) -> str:
+    """A hash of everything that an episode returns, and of the simulator's state at its start."""
     digest = hashlib.sha256(task.reset(seed).tobytes())
     data = getattr(task.env.unwrapped, "data", None)
     if data is not None:
@@ -40,14 +40,14 @@ def hash_of(task: tasks.Task, seed: int) -> str:
 
 
 def hashes_elsewhere(names: list[str], seeds: list[int], root: Optional[Path] = None) -> Hashes:
-    """`hashes_of` in a process of its own."""
+    """`hash_episodes` in a separate process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(hashes_of, names, seeds, root).result()
+        return pool.submit(hash_episodes, names, seeds, root).result()
 
 
 @contextlib.contextmanager
 def denormal_numbers() -> Iterator[None]:
-    """As in a process without torch: cal_ql.py has them flushed, which changes last bits."""
+    """Keep denormal numbers, which cal_ql.py flushes to 0: that changes the last bits."""
     torch = sys.modules["torch"]
     torch.set_flush_denormal(False)
     try:
@@ -57,9 +57,9 @@ def denormal_numbers() -> Iterator[None]:
 
 
 def check_episodes(names: list[str], root: Optional[Path] = None) -> None:
-    """An episode follows from its seed and actions: in any order, and in another process."""
+    """An episode only depends on its seed and actions: in any order, and in another process."""
     with denormal_numbers():
-        here = hashes_of(names, [1, 2, 1], root)
+        here = hash_episodes(names, [1, 2, 1], root)
     assert all(len(of_one) == 1 for of_one in here.values())
     assert len(set.union(*here.values())) == 2 * len(names)
     assert hashes_elsewhere(names[::-1], [2, 1], root) == here

@@ -1,6 +1,6 @@
-"""What several test files share: runs and what they leave, how runs are ended, small agents.
+"""What several test files share: runs, their files, ways to end them, small agents.
 
-It does without pytest, so that kill_test.py needs no more than a run does.
+It does not import pytest, so that kill_test.py needs nothing that a run does not need.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def start_run(directory: Path, *options: Any, **settings: Any) -> subprocess.Pop
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """Wait for its end; its exit code and what it printed."""
+    """Wait until the process ends; return its exit code and output."""
     out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def wait_until(process: subprocess.Popen, holds: Callable[[], bool]) -> None:
-    """Return as soon as `holds()`; raises RuntimeError where the process ends before."""
+    """Return as soon as `holds()`; raise RuntimeError if the process ends before that."""
     while not holds():
         if process.poll() is not None:
             raise RuntimeError(f"the run ended too early: {finish(process)}")
@@ -75,7 +75,7 @@ def wait_until(process: subprocess.Popen, holds: Callable[[], bool]) -> None:
 
 
 def step_reached(folder: Path, step: int) -> Callable[[], bool]:
-    """Whether the run below `folder` has logged this step, to ask again and again."""
+    """A function that tells whether the run below `folder` has logged this step."""
     return lambda: any(record["step"] >= step for record in records_of(folder))
 
 
@@ -84,7 +84,7 @@ def step_reached(folder: Path, step: int) -> Callable[[], bool]:
 
 @contextlib.contextmanager
 def kept_signals() -> Iterator[None]:
-    """Afterwards, SIGINT and SIGTERM do again what they did before."""
+    """Afterwards, restore the handlers of SIGINT and SIGTERM."""
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         yield
@@ -94,7 +94,7 @@ def kept_signals() -> Iterator[None]:
 
 
 def call(*args: Any) -> subprocess.CompletedProcess:
-    """`python cal_ql.py ARGS` within this process, which saves the seconds of its imports."""
+    """`python cal_ql.py ARGS` within this process, which saves the time of its imports."""
     program = functools.partial(run_program, cal_ql.main, "cal_ql.py", goes_on=True)
     return call_program("cal_ql.py", program, *args)
 
@@ -114,7 +114,7 @@ def call_program(name: str, program: Callable[[], int], *args: Any) -> subproces
         kept_signals(),
     ):
         code = program()
-    gc.collect()  # what an error's frames hold, such as a run directory's lock
+    gc.collect()  # frees what an error's frames hold, for example a run directory's lock
     for stream in (out, err):
         stream.seek(0)
     return subprocess.CompletedProcess(args, code, out.read(), err.read())
@@ -148,7 +148,7 @@ def working_in(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def file_size_limit(limit: int) -> Iterator[None]:
-    """Within, no file may grow beyond so many bytes: OSError, as from a full disk."""
+    """Within, no file can exceed this number of bytes: OSError, as from a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -163,7 +163,7 @@ def file_size_limit(limit: int) -> Iterator[None]:
 def write_dataset(
     path: Path, observation_dim: int = 4, action_dim: int = 2, n: int = 400, **changed: Any
 ) -> Path:
-    """Random rows in D4RL's layout, episodes of 40 steps; arrays in `changed` replace theirs."""
+    """Random rows in D4RL's layout, episodes of 40 steps; `changed` replaces some of its arrays."""
     rng = np.random.default_rng(0)
     arrays = {
         "observations": rng.normal(size=(n, observation_dim)).astype(np.float32),
@@ -215,7 +215,7 @@ def records_of(directory: Path) -> list[dict[str, Any]]:
 
 
 def check_no_goal(directory: Path) -> None:
-    """What the run below `directory` logs, online and offline, is of a task without a goal."""
+    """The run below `directory` logs, online and offline, what a task without a goal has."""
     keys = {key for record in records_of(directory) for key in record}
     assert {"train/episode_return", "eval/d4rl_normalized_score", "offline_iter"} <= keys
     assert not [key for key in keys if re.search("success|regret|fail", key)]
@@ -230,12 +230,12 @@ def flatten(value: Any, name: str) -> dict[str, Any]:
 
 
 def outcome(directory: Path, aside: int | None = None) -> dict[str, Any]:
-    """All that the run below `directory` leaves, but for its speed, and for records at `aside`."""
+    """All files of the run below `directory`, without its speed and without records at `aside`."""
     final = newest(directory)
     transitions = only_run(directory) / "transitions.bin"
     metrics = [{**record, "updates_per_second": None} for record in records_of(directory)]
     metrics = [record for record in metrics if record["step"] != aside]
-    # the options that are no part of a run's identity may differ, and rates vary in length
+    # options that may change between starts may differ, and rates vary in length
     checkpoint = {
         **torch.load(final, map_location="cpu", weights_only=True),
         "config": None,
@@ -246,7 +246,7 @@ def outcome(directory: Path, aside: int | None = None) -> dict[str, Any]:
 
 
 def differences(one: Path, other: Path, aside: int | None = None) -> list[str]:
-    """Names of what differs between the outcomes of the runs below two directories."""
+    """The names of all differences between the outcomes of the runs below two directories."""
     a, b = outcome(one, aside), outcome(other, aside)
     return [name for name in {**a, **b} if a.get(name, "none") != b.get(name, "none")]
 
@@ -256,7 +256,7 @@ def differences(one: Path, other: Path, aside: int | None = None) -> list[str]:
 
 @contextlib.contextmanager
 def at_call(owner: type, name: str, number: int, act: Callable[[], Any]) -> Iterator[None]:
-    """Within, the call of that number of the method `owner.name` does `act` first."""
+    """Within, the call with this number of the method `owner.name` first calls `act`."""
     method, calls = getattr(owner, name), iter(range(1, 10**9))
 
     def counting(*args: Any, **kwargs: Any) -> Any:
@@ -275,11 +275,11 @@ def stopped_at(owner: type, name: str, number: int, *options: Any) -> None:
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nobody takes it, and nothing is saved."""
+    """Acts like kill -9: nothing catches it, and nothing is saved."""
 
 
 def killed_at(owner: type, name: str, number: int, *options: Any) -> None:
-    """A run with these options that ends at that call as by kill -9."""
+    """A run with these options that ends at that call as if by kill -9."""
 
     def die() -> None:
         raise Killed
@@ -291,8 +291,8 @@ def killed_at(owner: type, name: str, number: int, *options: Any) -> None:
             pass
         else:
             raise AssertionError("the run ended before that call")
-    assert list(Path().glob("*/checkpoint_*.pt"))  # to go on from
-    gc.collect()  # the run's lock is held by the frames that the exception knows
+    assert list(Path().glob("*/checkpoint_*.pt"))  # to resume from
+    gc.collect()  # the exception's frames hold the run's lock
 
 
 def resumed_like_left_alone(

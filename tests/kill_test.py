@@ -2,8 +2,8 @@
 
     python tests/kill_test.py --kills 20
 
-Its metrics, networks, optimizer and stored transitions must equal, bit for bit, those of a run
-that was left alone; what differs is printed, and the exit code is 1.
+Its metrics, networks, optimizer and stored transitions must be bit-identical to those of an
+uninterrupted run. Otherwise the differences are printed, and the exit code is 1.
 """
 
 import argparse

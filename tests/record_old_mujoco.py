@@ -6,7 +6,7 @@ which test_d4rl_compat.py replays under today's MuJoCo. It was made once, by
     python -m venv old && old/bin/pip install mujoco==2.3.3 gym==0.23.1
     old/bin/python tests/record_old_mujoco.py
 
-20 episodes of 50 steps of uniformly random actions for each body, which go on after gym's `done`.
+20 episodes of 50 steps with uniformly random actions for each body; gym's `done` ends none of them.
 Of the model files only the feet's places differ: they read "0.13/2" and "0.2/2", which MuJoCo 2.1
 let pass and 2.3.3 does not. Nothing of this repository runs here.
 """

@@ -1,4 +1,4 @@
-"""The policy where float32 is at its end, against torch.distributions; how the networks start."""
+"""The policy at the limits of float32, against torch.distributions; initial weights."""
 
 import math
 
@@ -35,7 +35,7 @@ def distribution(policy: Gaussian) -> TransformedDistribution:
 
 @pytest.mark.parametrize("sampled", [True, False])
 def test_densities_and_gradients_on_the_edge_are_finite_in_float32(sampled):
-    """Where tanh rounds to 1, the density of a sample must not be taken from the action."""
+    """If tanh rounds to 1, the density of a sample cannot be computed from the action."""
     policy = Gaussian(*(x.requires_grad_() for x in random_policy(torch.float32)))
     exact = Gaussian(*(x.detach().double() for x in policy))
     noise, expected = 40 * torch.randn(B, A), distribution(exact)
@@ -59,7 +59,7 @@ def test_log_std_stays_within_its_bounds(offset, bound):
     assert torch.all(actor(torch.randn(B, S)).log_std == bound)
 
 
-def layers_of(network: Actor | Critic) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def get_layers(network: Actor | Critic) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(weight [outputs, inputs], bias) of every layer, both twins' for a critic."""
     if isinstance(network, Actor):
         return [(layer.weight, layer.bias) for layer in network.layers]
@@ -71,7 +71,7 @@ def layers_of(network: Actor | Critic) -> list[tuple[torch.Tensor, torch.Tensor]
 def test_orthogonal_initialisation(kind):
     """Gain sqrt 2 in hidden layers, 0.01 in the last, and no biases."""
     config = Config(hidden_dim=32, q_n_hidden_layers=3, actor_n_hidden_layers=3)
-    layers = layers_of(kind(S, A, config))
+    layers = get_layers(kind(S, A, config))
     assert len(layers) == (4 if kind is Actor else 8)
     for number, (weight, bias) in enumerate(layers):
         gain = 0.01 if number % 4 == 3 else math.sqrt(2)

@@ -24,7 +24,7 @@ KEYS = "observations", "actions", "next_observations", "rewards"
 
 
 def move_to_goal(env):
-    """Put what the hand is to move where it is to be, or the other way round."""
+    """Put the object at its goal, or the goal at the object."""
     data, model = env.data, env.model
     if hasattr(env, "door_hinge_did"):
         data.qpos[env.door_hinge_did] = 1.5
@@ -104,7 +104,7 @@ def test_an_episode_follows_from_seed_and_actions_in_any_order_and_process():
 
 
 def authors_episode(rng, rewards, demonstrated):
-    """As theirs: demonstrations have dicts for observations, and one reward too many."""
+    """As in the authors' files: demonstrations have dicts as observations and an extra reward."""
     n = len(rewards)
     states = rng.normal(size=(n + 1, 39))
     episode = {"actions": rng.uniform(-1.3, 1.3, (n, 28)), "env_infos": [{"time": np.float64(0)}]}
@@ -221,7 +221,7 @@ def test_bad_input_is_named_in_one_line(tmp_path):
     with pytest.raises(InputError, match="without pen_bc_sparse4.npy, expected"):
         task.data_file(str(tmp_path))
     dense = write_hdf5(tmp_path / "dense.hdf5", [-0.3, 20.0, 0.0])
-    with pytest.raises(InputError, match="rewards from -0.3 to 20, expected -1 and 0 alone"):
+    with pytest.raises(InputError, match="rewards from -0.3 to 20, expected only -1 and 0"):
         task.rows(dense)
     (tmp_path / "pen_bc_sparse4.npy").write_bytes(pickle.dumps([{"rewards": [0.0]}]))
     options = ["--env", task.name, "--dataset_path", tmp_path, "--device", "cpu"]
@@ -261,7 +261,7 @@ def replay(demonstration):
 
 
 def rollouts(recipe):
-    """The recipe's rollouts 0 to 3, made in another order."""
+    """The recipe's rollouts 0 to 3, made in a different order."""
     made = {i: recipe.rollout(np.random.SeedSequence((0, i))) for i in (2, 1, 3, 0)}
     return [made[i] for i in range(4)]
 

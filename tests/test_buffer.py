@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def transitions(numbers) -> Batch:
-    """Numbered transitions: every entry tells which one it belongs to."""
+    """Numbered transitions: every entry is the transition's number."""
     numbers = np.asarray(numbers, np.float32)
     return Batch(
         observations=np.stack([numbers + 0.1 * i for i in range(S)], 1),
@@ -71,7 +71,7 @@ def test_ring_of_episodes(capacity, lengths):
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 30), st.integers(1, 9))
 def test_an_extended_run_has_the_ring_of_one_that_was_longer(size, steps, more, limit):
-    """The first holds all that it can be given without wrapping but at `buffer_size`."""
+    """The first one only wraps at `buffer_size`."""
     short, long = (empty_buffer(size, n, limit) for n in (steps, steps + more))
     assert short.capacity == min(size, steps + limit)
     n_added = 0

@@ -202,7 +202,7 @@ def test_the_command_line_goes_over_the_file_over_the_defaults(tmp_path: Path) -
 
 
 def test_a_later_config_file_goes_over_an_earlier_one(folder: Path) -> None:
-    """By the real command line, and so that what a run writes is what it did."""
+    """On the real command line; the run stores the combined options."""
     (folder / "task.yaml").write_text("batch_size: 12\ncql_alpha: 7.0\n")
     (folder / "method.yaml").write_text("cql_alpha: 3.0\ncalibrate: false\nqf_lr: 1e-3\n")
     files = [*SMALL, "--config_path", "task.yaml", "--config_path", "method.yaml"]
@@ -328,7 +328,7 @@ def test_a_dataset_directory_that_is_a_file_is_named(
 
 
 def test_bad_input_at_the_real_command_line(tmp_path: Path) -> None:
-    """By a user without a home, where D4RL makes a folder as it is imported, on a full disk."""
+    """For a user without a home directory, where D4RL's import makes a folder, on a full disk."""
     (tmp_path / "sitecustomize.py").write_text("import pwd; pwd.getpwuid = lambda uid: {}[uid]")
     env = {**os.environ, "HOME": "", "TMPDIR": str(tmp_path), "PYTHONPATH": str(tmp_path)}
     with open("/dev/full", "w") as full:
@@ -376,7 +376,7 @@ def server(answer: Answer) -> Iterator[str]:
 
 @pytest.fixture
 def fetch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """Runs without a dataset_path, the task's file being at the address given."""
+    """Runs without a dataset_path; the task's file is at the given address."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(folder / "cache" / "d4rl"))
     make = D4RL.__init__
 

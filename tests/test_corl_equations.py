@@ -1,7 +1,7 @@
 """Whole updates against the equations of CORL's Cal-QL, stated anew for two separate critics.
 
-Where the design departs from CORL, the departure is stated here: calibration goes on in the online
-phase unless `calibrate_online` is false, and behaviour cloning scores the data's actions.
+The two intended differences: calibration continues in the online phase unless `calibrate_online` is
+false, and behaviour cloning scores the data's actions.
 """
 
 import math

@@ -24,7 +24,7 @@ LIMIT, S, A = 5, 3, 2
 
 
 class SmallTask(Task):
-    """As much of a task as its data needs."""
+    """The attributes of a task that its data needs."""
 
     observation_dim, action_dim, max_episode_steps = S, A, LIMIT
     action_scale = np.ones(A, np.float32)
@@ -44,7 +44,7 @@ def maze() -> Task:
 
 @pytest.fixture(scope="session")
 def d4rl(maze):
-    """The real D4RL, which imports once a task has been made."""
+    """The real D4RL, which can be imported once a task has been made."""
     import d4rl
 
     return d4rl
@@ -154,7 +154,7 @@ def check_transitions(found: Dataset, expected: dict[str, np.ndarray], skip: str
 
 @given(recordings(columns=("timeouts",)), st.booleans())
 def test_transitions_are_those_of_d4rl(path, d4rl, raw, next_recorded):
-    """Where the next observations are recorded, D4RL takes the following row nevertheless."""
+    """Even if next observations are recorded, D4RL uses the next row's observation."""
     expected = d4rl.qlearning_dataset(SimpleNamespace(_max_episode_steps=LIMIT), raw)
     assume(len(expected["rewards"]))
     if next_recorded:
@@ -307,13 +307,13 @@ def test_what_float32_cannot_train_on_is_refused(path, change, options, name):
 
 
 class SmallMaze(SmallTask):
-    """Cells of 1, of which a step crosses a tenth at most."""
+    """A maze with cells of size 1; a step moves 0.1 at most."""
 
     name, cell_size = "a maze", 1.0
 
 
 def walks(random, lengths) -> list[np.ndarray]:
-    """States (x, y, z) of episodes that begin in other cells than the last has ended in."""
+    """States (x, y, z) of episodes, each of which starts in another cell than the last one ends."""
     place = np.zeros(2)
     found = []
     for length in lengths:
@@ -326,7 +326,7 @@ def walks(random, lengths) -> list[np.ndarray]:
 
 
 def maze_rows(seed, lengths, late, columns=("timeouts",)):
-    """Rows of such episodes, whose timeouts are flagged `late` rows too late."""
+    """Rows of `walks`, whose timeouts are flagged `late` rows too late."""
     random = np.random.default_rng(seed)
     states = walks(random, lengths)
     n = sum(lengths)
@@ -391,7 +391,7 @@ def test_a_recorded_jump_is_no_transition(path):
 
 
 def test_positions_that_are_none_do_not_jump(path):
-    """Random numbers in place of recordings, as benchmarks use."""
+    """Random numbers instead of positions, as in benchmarks."""
     raw = record([(4000, "cut")])
     assert "jumps" not in load_rows(path, raw)
 
@@ -406,7 +406,7 @@ def load_rows(path, raw):
     [("antmaze-umaze-v2", 4.0), ("antmaze-large-diverse-v0", 4.0), ("maze2d-umaze-dense-v1", 1.0)],
 )
 def test_steps_of_d4rls_mazes_are_far_shorter_than_what_counts_as_a_jump(name, cell):
-    """The ant is thrown as hard as its motors can, the point is at its highest speed."""
+    """The ant's motors push with full force, and the point moves at full speed."""
     task = tasks.make(name)
     assert task.cell_size == cell
     place = task.reset(0)[:2]
@@ -455,7 +455,7 @@ def test_locomotion_rewards_are_divided_by_the_range_of_returns(path):
     np.testing.assert_allclose(found, raw["rewards"][kept] * factor + 1, rtol=1e-5)
     with_goal = transitions(load(path, raw, **options)).rewards
     np.testing.assert_allclose(with_goal, raw["rewards"][kept] * 2 + 1, rtol=1e-5)
-    single = record([(4, "cut")], sparse=False)  # an episode alone has no range
+    single = record([(4, "cut")], sparse=False)  # the returns of one episode have no range
     found = transitions(load(path, single, running, normalize_reward=True)).rewards
     np.testing.assert_array_equal(found, single["rewards"][:3] * LIMIT)
 
@@ -505,7 +505,7 @@ BAD_FILES = {  # columns instead of the good file's; None leaves one out
     "observations holds NaN": with_entry("observations", math.nan),
     "actions holds NaN": with_entry("actions", math.nan),
     "rewards holds NaN, infinite": with_entry("rewards", math.inf),
-    "rewards holds NaN, infinite values or such as float32 cannot": with_entry("rewards", 1e39),
+    "rewards holds NaN, infinite values or values too large for": with_entry("rewards", 1e39),
     "next_observations holds NaN": with_entry("next_observations", math.nan),
     "actions reach 1.25, expected [-1, 1]": with_entry("actions", 1.25),
     "actions reach 1.0001, expected [-1, 1]": with_entry("actions", 1.0001),

@@ -1,4 +1,4 @@
-"""A run's directory: what a start takes and leaves, records by their steps, checkpoints' forms."""
+"""A run's directory: what a start reads and changes, records by step, checkpoints' forms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import socket
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import file_size_limit
+from helpers import ROOT, RUN, file_size_limit
 from runs import directory as module
 from runs.directory import Maybe, RunDirectory, check_form, load_checkpoint
 from runs.errors import DirectoryInUse, InputError, RunError
@@ -72,7 +75,7 @@ def files(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> Path:
+def finished_run(tmp_path: Path) -> Path:
     """A run of 40 steps, with checkpoints of steps 30 and 40."""
     directory = begun(tmp_path / "run")
     train(directory, 0)
@@ -99,26 +102,26 @@ def test_a_start_that_never_begins_leaves_nothing_where_nothing_was(tmp_path: Pa
 
 @pytest.mark.parametrize("lost", ["config.yaml", "starts.jsonl", "checkpoints"])
 def test_a_start_that_never_begins_takes_nothing_of_an_earlier_one(
-    lost: str, trained: Path
+    lost: str, finished_run: Path
 ) -> None:
-    gone = trained.glob("*.pt") if lost == "checkpoints" else [trained / lost]
+    gone = finished_run.glob("*.pt") if lost == "checkpoints" else [finished_run / lost]
     for path in gone:
         path.unlink()
-    with open(trained / "metrics.jsonl", "a") as file:
+    with open(finished_run / "metrics.jsonl", "a") as file:
         file.write('{"step": 99}\nanother line\n')
-    before = files(trained)
-    started_and_failed(trained)
-    assert files(trained) == before
+    before = files(finished_run)
+    started_and_failed(finished_run)
+    assert files(finished_run) == before
 
 
-def test_a_start_that_finds_no_good_checkpoint_takes_nothing(trained: Path) -> None:
-    (trained / "config.yaml").unlink()
-    for path in trained.glob("*.pt"):
+def test_a_start_that_finds_no_good_checkpoint_takes_nothing(finished_run: Path) -> None:
+    (finished_run / "config.yaml").unlink()
+    for path in finished_run.glob("*.pt"):
         path.write_bytes(b"")
-    before = files(trained)
-    with pytest.raises(InputError, match="^checkpoints_path: no checkpoint is good: "):
-        started_and_failed(trained)
-    assert files(trained) == before
+    before = files(finished_run)
+    with pytest.raises(InputError, match="^checkpoints_path: there is no valid checkpoint: "):
+        started_and_failed(finished_run)
+    assert files(finished_run) == before
 
 
 def test_what_another_has_put_into_a_new_directory_stays(tmp_path: Path) -> None:
@@ -152,10 +155,10 @@ def test_a_name_that_no_directory_can_have_is_refused(name: str, tmp_path: Path)
         RunDirectory(tmp_path / name, resume=True)
 
 
-def test_a_full_disk_at_a_start_is_one_line(trained: Path) -> None:
+def test_a_full_disk_at_a_start_is_one_line(finished_run: Path) -> None:
     with file_size_limit(10), pytest.raises(RunError, match="cannot write in .* File too large"):
-        begun(trained)
-    assert begun(trained).state["step"] == 40
+        begun(finished_run)
+    assert begun(finished_run).state["step"] == 40
 
 
 # ---------------------------------------------------------------------------- locks
@@ -208,14 +211,14 @@ def resumed(run: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize("last", ["checkpoint", "loss", "score", "half a score"])
-def test_records_after_the_checkpoint_are_made_again(last: str, trained: Path) -> None:
-    whole = metrics(trained)
-    (trained / "checkpoint_40.pt").unlink()
+def test_records_after_the_checkpoint_are_made_again(last: str, finished_run: Path) -> None:
+    whole = metrics(finished_run)
+    (finished_run / "checkpoint_40.pt").unlink()
     n = {"checkpoint": 13, "loss": 16, "score": 17, "half a score": 17}[last]
     kept = b"".join(whole[:n])
-    (trained / "metrics.jsonl").write_bytes(kept[:-5] if last == "half a score" else kept)
-    assert resumed(trained) == whole
-    assert not (trained / "metrics.jsonl.foreign").exists()
+    (finished_run / "metrics.jsonl").write_bytes(kept[:-5] if last == "half a score" else kept)
+    assert resumed(finished_run) == whole
+    assert not (finished_run / "metrics.jsonl.foreign").exists()
 
 
 FOREIGN = [b"hello", b"[1]", b'{"note": 1}', b'{"step": "1"}', b'{"step": 1e24}', b"\xff\0", b"7"]
@@ -224,29 +227,31 @@ FOREIGN = [b"hello", b"[1]", b'{"note": 1}', b'{"step": "1"}', b'{"step": 1e24}'
 @pytest.mark.parametrize("at", [0, 1, 9, 13, 17])
 @pytest.mark.parametrize("is_newest", [False, True])
 def test_a_line_that_does_not_belong_moves_no_record(
-    at: int, is_newest: bool, trained: Path, capsys: pytest.CaptureFixture
+    at: int, is_newest: bool, finished_run: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    whole = metrics(trained)
+    whole = metrics(finished_run)
     if not is_newest:
-        (trained / "checkpoint_40.pt").unlink()
+        (finished_run / "checkpoint_40.pt").unlink()
     lines = [line + b"\n" for line in FOREIGN]
-    (trained / "metrics.jsonl").write_bytes(b"".join(whole[:at] + lines + whole[at:]))
-    assert resumed(trained) == whole
-    assert (trained / "metrics.jsonl.foreign").read_bytes().splitlines() == FOREIGN
+    (finished_run / "metrics.jsonl").write_bytes(b"".join(whole[:at] + lines + whole[at:]))
+    assert resumed(finished_run) == whole
+    assert (finished_run / "metrics.jsonl.foreign").read_bytes().splitlines() == FOREIGN
     (line,) = capsys.readouterr().out.splitlines()
-    assert f"{len(FOREIGN)} lines are no records" in line and "metrics.jsonl.foreign" in line
-    assert resumed(trained) == whole and not capsys.readouterr().out
+    assert f"{len(FOREIGN)} lines are not records" in line and "metrics.jsonl.foreign" in line
+    assert resumed(finished_run) == whole and not capsys.readouterr().out
 
 
-def test_a_last_line_without_its_end_is_kept(trained: Path) -> None:
-    whole = metrics(trained)
-    (trained / "metrics.jsonl").write_bytes(b"".join(whole)[:-1])
-    assert resumed(trained) == whole
+def test_a_last_line_without_its_end_is_kept(finished_run: Path) -> None:
+    whole = metrics(finished_run)
+    (finished_run / "metrics.jsonl").write_bytes(b"".join(whole)[:-1])
+    assert resumed(finished_run) == whole
 
 
-def test_records_that_are_lost_are_said_to_be(trained: Path, capsys: pytest.CaptureFixture) -> None:
-    (trained / "metrics.jsonl").write_bytes(b"".join(metrics(trained)[1:]))
-    assert len(resumed(trained)) == 16
+def test_records_that_are_lost_are_said_to_be(
+    finished_run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (finished_run / "metrics.jsonl").write_bytes(b"".join(metrics(finished_run)[1:]))
+    assert len(resumed(finished_run)) == 16
     assert "lacks records" in capsys.readouterr().out
 
 
@@ -258,35 +263,35 @@ def old_sizes(path: Path, n_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("is_foreign", [False, True])
-def test_checkpoints_of_older_code_resume_alike(is_foreign: bool, trained: Path) -> None:
-    whole = metrics(trained)
-    (trained / "checkpoint_40.pt").unlink()
-    old_sizes(trained / "checkpoint_30.pt", len(b"".join(whole[:13])))
+def test_checkpoints_of_older_code_resume_alike(is_foreign: bool, finished_run: Path) -> None:
+    whole = metrics(finished_run)
+    (finished_run / "checkpoint_40.pt").unlink()
+    old_sizes(finished_run / "checkpoint_30.pt", len(b"".join(whole[:13])))
     if is_foreign:
-        with open(trained / "metrics.jsonl", "a") as file:
+        with open(finished_run / "metrics.jsonl", "a") as file:
             file.write("hello\n")
-    assert resumed(trained) == whole
+    assert resumed(finished_run) == whole
 
 
-def test_rows_of_the_checkpoint_alone_are_read_and_kept(trained: Path) -> None:
-    rows = (trained / "transitions.bin").read_bytes()
-    (trained / "checkpoint_40.pt").unlink()
-    directory = RunDirectory(trained, resume=True)
+def test_rows_of_the_checkpoint_alone_are_read_and_kept(finished_run: Path) -> None:
+    rows = (finished_run / "transitions.bin").read_bytes()
+    (finished_run / "checkpoint_40.pt").unlink()
+    directory = RunDirectory(finished_run, resume=True)
     directory.load(CPU)
     single, pair = directory.read_rows([(), (2,)])
     assert single.tolist() == [1, 1, 11, 11, 21, 21] and pair.shape == (6, 2)
-    with pytest.raises(InputError, match="holds other rows"):
+    with pytest.raises(InputError, match="does not hold rows"):
         directory.read_rows([(5,)])
     close(directory)
-    resumed(trained)
-    assert (trained / "transitions.bin").read_bytes() == rows
+    resumed(finished_run)
+    assert (finished_run / "transitions.bin").read_bytes() == rows
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"[]", b"{}", b"7", b"", b'{"commit": "0"'])
-def test_starts_that_are_no_text_do_not_block_a_start(text: bytes, trained: Path) -> None:
-    (trained / "starts.jsonl").write_bytes(text)
-    close(begun(trained))
-    last = (trained / "starts.jsonl").read_bytes().splitlines()[-1]
+def test_starts_that_are_no_text_do_not_block_a_start(text: bytes, finished_run: Path) -> None:
+    (finished_run / "starts.jsonl").write_bytes(text)
+    close(begun(finished_run))
+    last = (finished_run / "starts.jsonl").read_bytes().splitlines()[-1]
     assert last.endswith(b'"threads": 1}')
 
 
@@ -295,7 +300,7 @@ def test_starts_that_are_no_text_do_not_block_a_start(text: bytes, trained: Path
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO, errno.EMFILE, None])
 def test_a_checkpoint_that_the_system_does_not_let_read_is_not_called_broken(
-    number: int | None, trained: Path, monkeypatch: pytest.MonkeyPatch
+    number: int | None, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = module.open_regular
     failure = OSError(number, os.strerror(number)) if number else MemoryError()
@@ -305,37 +310,37 @@ def test_a_checkpoint_that_the_system_does_not_let_read_is_not_called_broken(
             raise failure
         return real(path, *args, **options)
 
-    before = files(trained)
+    before = files(finished_run)
     with monkeypatch.context() as patch:
         patch.setattr(module, "open_regular", failing)
         with pytest.raises(RunError, match="cannot read .*checkpoint_40.pt"):
-            started_and_failed(trained)
-    assert files(trained) == before
-    assert begun(trained).state["step"] == 40
+            started_and_failed(finished_run)
+    assert files(finished_run) == before
+    assert begun(finished_run).state["step"] == 40
 
 
 def test_torch_without_memory_is_no_broken_checkpoint(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*args: Any, **options: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 bytes")
 
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(RunError, match="too little memory"):
-        started_and_failed(trained)
+        started_and_failed(finished_run)
 
 
 @pytest.mark.parametrize("taken", [[], ["file"], ["directory"], ["directory", "file"]])
 def test_a_broken_checkpoint_is_set_aside_under_a_free_name(
-    taken: list[str], trained: Path
+    taken: list[str], finished_run: Path
 ) -> None:
     for i, kind in enumerate(taken):
-        place = trained / f"checkpoint_40.broken{'_' * i}"
+        place = finished_run / f"checkpoint_40.broken{'_' * i}"
         place.mkdir() if kind == "directory" else place.write_text("earlier")
-    (trained / "checkpoint_40.pt").write_bytes(b"damaged")
-    before = files(trained)
-    close(begun(trained))
-    after = files(trained)
+    (finished_run / "checkpoint_40.pt").write_bytes(b"damaged")
+    before = files(finished_run)
+    close(begun(finished_run))
+    after = files(finished_run)
     assert after.pop(f"checkpoint_40.broken{'_' * len(taken)}") == b"damaged"
     assert {name: before[name] for name in before if "broken" in name} == {
         name: after[name] for name in after if "broken" in name
@@ -343,11 +348,11 @@ def test_a_broken_checkpoint_is_set_aside_under_a_free_name(
 
 
 @pytest.mark.parametrize("kind", ["directory", "fifo"])
-def test_a_checkpoint_that_is_no_file_is_not_waited_for(kind: str, trained: Path) -> None:
-    path = trained / "checkpoint_40.pt"
+def test_a_checkpoint_that_is_no_file_is_not_waited_for(kind: str, finished_run: Path) -> None:
+    path = finished_run / "checkpoint_40.pt"
     path.unlink()
     path.mkdir() if kind == "directory" else os.mkfifo(path)
-    directory = begun(trained)
+    directory = begun(finished_run)
     assert directory.state["step"] == 30
 
 
@@ -366,11 +371,11 @@ FORM = {"weights": torch.zeros(3), "extra": Maybe(str)}
     ],
 )
 def test_a_whole_checkpoint_of_another_form_falls_back_to_the_one_before(
-    change: dict[str, Any], trained: Path
+    change: dict[str, Any], finished_run: Path
 ) -> None:
-    path = trained / "checkpoint_40.pt"
+    path = finished_run / "checkpoint_40.pt"
     torch.save({**torch.load(path, weights_only=True), **change}, path)
-    directory = RunDirectory(trained, resume=True)
+    directory = RunDirectory(finished_run, resume=True)
     assert directory.load(CPU, FORM)["step"] == 30
     ((broken, problem),) = directory.broken
     assert broken == path and next(iter(change)) in problem
@@ -415,7 +420,7 @@ def test_a_form_names_the_place_what_is_there_and_what_should_be(
     check_form(GOOD, NESTED, Path("x.pt"))
     with pytest.raises(InputError) as error:
         check_form(GOOD | change, NESTED, Path("x.pt"), "load_model")
-    assert str(error.value).startswith("load_model: x.pt is not a checkpoint of such a run (")
+    assert str(error.value).startswith("load_model: x.pt does not fit this run (")
     assert problem in str(error.value)
 
 
@@ -437,11 +442,36 @@ def test_what_is_no_checkpoint_is_named_with_its_option(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "nowhere.pt", CPU)
 
 
-def test_another_run_in_a_renamed_directory_is_named(trained: Path) -> None:
-    path = trained / "checkpoint_40.pt"
+def test_another_run_in_a_renamed_directory_is_named(finished_run: Path) -> None:
+    path = finished_run / "checkpoint_40.pt"
     theirs = {"discount": 0.9, "seed": 1, "data": ["x", 3]}
     torch.save({**torch.load(path, weights_only=True), "identity": theirs}, path)
-    assert RunDirectory(trained, resume=True).load(CPU, identity=dict(theirs))["step"] == 40
+    assert RunDirectory(finished_run, resume=True).load(CPU, identity=dict(theirs))["step"] == 40
     with pytest.raises(InputError) as error:
-        RunDirectory(trained, resume=True).load(CPU, identity={"seed": 2, "data": ["x", 3], "b": 1})
+        RunDirectory(finished_run, resume=True).load(
+            CPU, identity={"seed": 2, "data": ["x", 3], "b": 1}
+        )
     assert str(error.value).endswith("another run, with discount 0.9, seed 1, b (its default)")
+
+
+def test_the_line_at_the_end_names_the_score_and_a_command_that_runs(folder: Path) -> None:
+    directory = begun(Path("my run"))
+    record(directory, 0)
+    assert directory.closing_line().startswith("my run: finished; to draw its curves: ")
+    config = dict(zip(RUN[::2], RUN[1::2]))
+    lines = [f"{name.strip('-')}: {value}\n" for name, value in config.items()]
+    (directory.path / "config.yaml").write_text("".join([*lines, "seed: 0\nname: x\n"]))
+    for step, score in ((60, 10.0), (380, 51.26)):
+        record(directory, step, **{module.SCORE: score, "eval/success_rate": 0.5})
+    start, _, command = directory.closing_line().partition("; to draw its curves: ")
+    assert start == "my run: finished, last score 51.3"
+    assert shlex.split(command)[0] == sys.executable
+    subprocess.run(command, shell=True, check=True)
+    assert (directory.path / "curves.png").stat().st_size > 10_000
+    close(directory)
+
+
+def test_a_path_is_short_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert module.from_here(ROOT / "tools" / "report.py") == "tools/report.py"
+    assert module.from_here(ROOT.parent / "x") == str(ROOT.parent / "x")

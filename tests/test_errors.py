@@ -1,4 +1,4 @@
-"""What a program says and how it ends, whatever goes wrong: one line, and a code."""
+"""How programs end after any error: with one line and an exit code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PRINTS = "[print(i) for i in range(10**5)]; open('done', 'w')"  # more than a pi
 
 
 def run(folder: Path, body: str, goes_on: bool = False, shell: str = "", **env: str) -> Any:
-    """A program whose `main` is `body`; `shell` is what stands after it on a command line."""
+    """Run a program whose `main` is `body`; the command line ends with `shell`."""
     script = folder / "program.py"
     script.write_text(PROGRAM.format(body, goes_on), encoding="utf-8")
     command = f"set -o pipefail; {sys.executable} {script} {shell}"
@@ -125,7 +125,7 @@ def test_a_user_without_a_home_gets_one(tmp_path: Path) -> None:
     assert result.stdout == f"{place} {place}/x\n"
     first, second = result.stderr.splitlines()
     assert first == f"this user has no home directory; HOME is {place}"
-    assert second.startswith("program: error: folder: found '~/x', but ~ is no known home")
+    assert second.startswith("program: error: folder: found '~/x', but ~ is not a known home")
     assert place.stat().st_mode & 0o777 == 0o700
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: the same episodes whoever plays them, and one line for whatever goes wrong."""
+"""Evaluation: the same episodes for any number of processes, and one line for every error."""
 
 import _multiprocessing
 import errno
@@ -103,7 +103,7 @@ def test_failures_of_workers_end_an_evaluation_in_one_line(actor):
     with pytest.raises(RunError, match="step 0 of the episode with seed"):
         workers.map(played_by(actor, wrong), seeds)
     for process in multiprocessing.active_children():
-        os.kill(process.pid, signal.SIGTERM)  # which they do not hear
+        os.kill(process.pid, signal.SIGTERM)  # which workers ignore
     assert len(workers.map(played_by(actor), seeds)) == 2
     for process in multiprocessing.active_children():
         os.kill(process.pid, signal.SIGKILL)
@@ -114,7 +114,7 @@ def test_failures_of_workers_end_an_evaluation_in_one_line(actor):
 
 def test_a_task_that_a_worker_cannot_make_is_named_as_it_is(actor, capfd):
     workers = Workers(2, 2, None, functools.partial(tasks.make, "maze2d-umase-v1"))
-    with pytest.raises(RunError, match="cannot begin: env: D4RL has no task 'maze2d-umase-v1'"):
+    with pytest.raises(RunError, match="cannot start: env: D4RL has no task 'maze2d-umase-v1'"):
         workers.map(played_by(actor), [0, 1])
     workers.close()
     assert "Traceback" not in capfd.readouterr().err

@@ -55,7 +55,7 @@ class Mine(gymnasium.Env):
 
 
 def run(*command, cwd: Path, fails: bool = False) -> str:
-    """What a program of this repository, or one of the page, prints on stderr."""
+    """The stderr of a program of this repository or of the page."""
     command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == (2 if fails else 0), done.stderr

@@ -13,7 +13,7 @@ import tasks
 from helpers import ROOT, call, call_tool, check_no_goal, only_run
 from tasks import d4rl_compat
 from tools import evaluate, make_dataset
-from tools.recipes import locomotion, recipe_of
+from tools.recipes import find_recipe, locomotion
 from tools.recipes.common import Rows
 
 HOPPER, CHEETAH, ANT = "hopper-random-v2", "halfcheetah-random-v2", "ant-random-v2"
@@ -34,7 +34,7 @@ def folder_of_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in TASKS:
         parts = rollouts(task, range(4))
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        recipe = recipe_of(task)
+        recipe = find_recipe(task)
         recipe.write(folder / f"{task}.hdf5", rows, recipe.metadata(task, 0, "a test"))
     return folder
 
@@ -97,7 +97,7 @@ def test_actions_are_uniform_and_those_of_no_other_episode(folder_of_data: Path)
 
 
 def test_a_short_file_is_the_beginning_of_a_longer_one_whatever_the_workers(tmp_path: Path):
-    """Files by two workers against the rollouts of this process, in another order."""
+    """Files made by two workers equal the rollouts of this process, made in a different order."""
     recipe = locomotion.Random(HOPPER)
     expected: list[Any] = [None] * 40
     for number in np.random.default_rng(0).permutation(40):
@@ -116,7 +116,7 @@ def test_a_short_file_is_the_beginning_of_a_longer_one_whatever_the_workers(tmp_
 
 def test_the_other_recipes_files_keep_their_description():
     text = (ROOT / "tools" / "recipes" / "description.txt").read_text()
-    about = recipe_of("maze2d-umaze-v1").metadata("maze2d-umaze-v1", 0, "")
+    about = find_recipe("maze2d-umaze-v1").metadata("maze2d-umaze-v1", 0, "")
     assert (about["recipe"], about["action_noise"]) == (text, 0.5)
 
 

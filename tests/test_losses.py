@@ -373,6 +373,20 @@ def test_drawn_noise_has_the_shapes_and_the_distributions(best):
     assert len({draw.flatten()[0].item() for draw in noise[:5]}) == 5
 
 
+@pytest.mark.parametrize("drawn", [[2], [3, 3], [0, 2, 0], [3, 1, 0, 2, 1]])
+def test_a_critic_that_is_drawn_twice_counts_once_for_the_target(drawn):
+    agent, batch = make_agent(n_critics=4, n_target_critics=len(drawn)), make_batch()
+    random = np.random.default_rng(1)
+    actions, log_density = random.uniform(-1, 1, (B, N, A)), random.normal(size=(B, N))
+    next_sample = Sample(torch.tensor(actions), torch.tensor(log_density))
+    found, _ = agent.td_target(batch, next_sample, torch.tensor(drawn))
+    qs = agent.target_critic(batch.next_observations, next_sample.actions).detach().numpy()
+    value = np.stack([qs[number] for number in set(drawn)]).min(0).max(1)
+    not_done = 1 - batch.terminals.numpy()
+    expected = batch.rewards.numpy() + 0.99 * not_done * value
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+
+
 def small_agent(**options) -> Agent:
     sizes = dict(batch_size=2, cql_n_actions=1, hidden_dim=2, compile=False)
     return Agent(S, A, Config(**sizes | options), torch.device("cpu"))

@@ -52,7 +52,7 @@ def datasets(paths: dict[str, Path], envs: dict[str, Any]) -> dict[str, Arrays]:
     return {task: envs[task].get_dataset(h5path=str(path)) for task, path in paths.items()}
 
 
-def ends_of(dataset: Arrays) -> np.ndarray:
+def find_ends(dataset: Arrays) -> np.ndarray:
     """Index of the last row of each episode."""
     return np.flatnonzero(dataset["terminals"] | dataset["timeouts"])
 
@@ -62,7 +62,7 @@ def test_the_command_line_saves_and_says_how_to_go_on(made: subprocess.Completed
     first, second, third = made.stdout.splitlines()
     assert first.startswith("a b.hdf5: 2,000 transitions, ")
     with h5py.File(made.cwd / "a b.hdf5") as file:
-        ends = ends_of({name: file[name][:] for name in ("terminals", "timeouts")})
+        ends = find_ends({name: file[name][:] for name in ("terminals", "timeouts")})
         reached = file["rewards"][:].sum() / len(ends)
     assert second == (
         f"{len(ends)} episodes, {2_000 / len(ends):.0f} transitions long on average; "
@@ -106,7 +106,7 @@ def test_d4rl_splits_it_into_transitions_and_episodes(
     np.testing.assert_array_equal(transitions["observations"], dataset["observations"][kept])
     np.testing.assert_array_equal(transitions["terminals"], dataset["terminals"][kept])
     lengths = [len(e["rewards"]) for e in d4rl.sequence_dataset(envs[task], dataset)]
-    ends = ends_of(dataset)
+    ends = find_ends(dataset)
     np.testing.assert_array_equal(lengths, np.diff(ends, prepend=-1))
     assert ends[-1] == SIZES[task] - 1
     assert not (dataset["terminals"] & dataset["timeouts"]).any()
@@ -136,7 +136,7 @@ def test_antmaze_episodes_follow_from_their_seeds_and_actions(
     datasets: dict[str, Arrays], envs: dict[str, Any]
 ):
     dataset, env, row = datasets[ANT], envs[ANT], 0
-    for episode in range(len(ends_of(dataset)) - 1):  # the last one is cut short
+    for episode in range(len(find_ends(dataset)) - 1):  # the last one is cut short
         seeds = np.random.SeedSequence((0, episode))
         observation, done = d4rl_compat.reset(env, int(seeds.generate_state(1)[0])), False
         while not done:
@@ -183,7 +183,7 @@ def test_play_has_few_starts_and_diverse_has_all():
         ant = antmaze.AntMaze(f"antmaze-medium-{kind}-v2")
         ant.env._max_episode_steps = 1
         rollouts = [ant.rollout(np.random.SeedSequence((0, i))) for i in range(150)]
-        starts[kind] = {ant.cell_of(rollout["observations"][0, :2]) for rollout in rollouts}
+        starts[kind] = {ant.cell_at(rollout["observations"][0, :2]) for rollout in rollouts}
         assert starts[kind] == set(ant.plan.starts)
         assert set(ant.plan.destinations) == starts[kind] | {(6, 6)}  # the task's goal
     assert starts["play"] == {(1, 1), (2, 6), (5, 1), (6, 5)}  # marked in D4RL's BIG_MAZE
@@ -241,7 +241,7 @@ def test_recipes_need_no_torch_until_they_learn():
 from tools import make_dataset, recipes
 assert "mujoco" not in sys.modules  # nor need --help wait for it
 for task in recipes.RECIPES:
-    assert recipes.recipe_of(task).config
+    assert recipes.find_recipe(task).config
 print({"torch", "wandb", "cal_ql"} & set(sys.modules))"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr

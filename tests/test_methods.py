@@ -403,6 +403,32 @@ def test_the_first_update_comes_with_the_first_episode_after_the_warm_up(
     assert steps == [*range(1, 8), *range(7 + first, 7 + first + 3)]
 
 
+def test_each_kind_of_update_is_compiled_where_a_signal_ends_the_run_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where the updates of one step are of two kinds: compiling takes half a minute."""
+    stops, moments = [], []
+    real = machine.Compiled.__call__
+
+    class Recorded(cal_ql.StopSignals):
+        def __init__(self):
+            super().__init__()
+            stops.append(self)
+
+    def call_it(compiled: machine.Compiled, *args: Any) -> Any:
+        if not compiled.is_ready(args[-1]):
+            moments.append(stops[-1].raising)
+        return real(compiled, *args)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr(cal_ql, "StopSignals", Recorded)
+    monkeypatch.setattr(machine.Compiled, "__call__", call_it)
+    options = [*RUN, *"--compile true --checkpoints_path null --env maze2d-open-v0".split()]
+    options += "--offline_iterations 2 --online_iterations 2 --actor_update_period 2".split()
+    assert call(*options, "--online_utd_ratio", 2).returncode == 0
+    assert moments == [True] * 3  # offline; online without the actor, and with it
+
+
 def test_a_run_may_end_in_its_warm_up_and_be_extended(left_alone, folder: Path):
     shorter = [*WSRL, "--online_iterations", 90]
     assert call(*shorter).returncode == 0

@@ -1,7 +1,7 @@
-"""Minari: small datasets made here, in the real environments and with the published ones' quirks.
+"""Minari: small datasets made here, in the real environments, with the published ones' quirks.
 
-AntMaze goes on at the goal, the kitchen past its last subtask, PointMaze from goal to goal. What is
-expected comes from Minari's and gymnasium's own readers.
+AntMaze continues at the goal, the kitchen after its last subtask, PointMaze from goal to goal.
+Minari's and gymnasium's own readers give the expected values.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def at_goal_for_a_while(env: Any, step: int, observation: Any) -> np.ndarray:
 
 
 def subtask_after_subtask(env: Any, step: int, observation: Any) -> np.ndarray:
-    """A random action; a subtask more is complete in every second step, and one of no concern."""
+    """A random action; every second step completes one more subtask, one of them irrelevant."""
     from gymnasium_robotics.envs.franka_kitchen import kitchen_env
 
     positions = env.unwrapped.robot_env.data.qpos
@@ -170,9 +170,9 @@ def make(root: Path) -> Callable[[str], tasks.minari.Minari]:
     return cache(lambda name: tasks.make(name, str(root)))
 
 
-def row_of(values: Any, row: int) -> Any:
+def take_row(values: Any, row: int) -> Any:
     if isinstance(values, dict):
-        return {key: row_of(part, row) for key, part in values.items()}
+        return {key: take_row(part, row) for key, part in values.items()}
     return values[row]
 
 
@@ -196,7 +196,9 @@ def test_every_step_is_a_transition_as_minari_reads_it(name, root, make):
             assert number == 0 or (goals[0] != goals[1]).all()
             goals[0] = goals[1]
         flat = [
-            gymnasium.spaces.flatten(recorded.observation_space, row_of(episode.observations, step))
+            gymnasium.spaces.flatten(
+                recorded.observation_space, take_row(episode.observations, step)
+            )
             for step in range(len(episode.rewards) + 1)
         ]
         part, row = slice(row, row + len(episode.rewards)), row + len(episode.rewards)
@@ -214,7 +216,7 @@ def test_every_step_is_a_transition_as_minari_reads_it(name, root, make):
 
 @pytest.mark.parametrize("name", ALL)
 def test_recorded_actions_give_recorded_rewards_and_ends(name, root, make):
-    """From the episode's seed, or, since it goes on without one, from PointMaze's states."""
+    """From the episode's seed or, in PointMaze, which continues without a seed, from its states."""
     task, rows, act, row = make(name), make(name).rows(root / name), recordings()[name].act, 0
     for seed, episode in enumerate(minari.MinariDataset(root / name / "data")):
         observation = task.reset(seed)
@@ -346,7 +348,7 @@ def test_locomotion_has_neither_success_nor_regret_nor_failures(root, tmp_path, 
     ],
 )
 def test_bad_data_is_named_in_one_line(env, says, root, tmp_path, monkeypatch):
-    """Another task's, cut short, lost, not there, with actions that are none."""
+    """Data of another task, cut short, incomplete, missing, or with actions that are no numbers."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     for name in {DOOR, KITCHEN, UMAZE} & {env}:
@@ -395,7 +397,7 @@ def test_rules_of_d4rls_tasks_are_theirs_alone(name, tmp_path, monkeypatch):
 
 def test_a_download_ends_whole_or_leaves_nothing(root, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as if the server were away, but at once
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as if the server were away, but without waiting
     line = error_line(call(*TINY, "--env", "D4RL/door/humn-v2"))
     assert re.search(f"cannot download D4RL/door/humn-v2 to .*reach.*close matches.*: {DOOR}", line)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
-"""A file is data: wherever one decides what is called, it cannot run code, nor name other files.
+"""Files are data: they cannot run code or refer to other files.
 
-Each test hands over a file that would make the folder `ran`, load a library or open another file.
+Each test reads a file that would make the folder `ran`, load a library or open another file.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_a_checkpoint_calls_nothing(protocol: int) -> None:
 
 
 def test_the_code_has_no_other_way_to_run_what_a_file_says() -> None:
-    """Own pickles that pass between a run's processes aside."""
+    """Except for pickles that a run's own processes exchange."""
     found = []
     files = [ROOT / "cal_ql.py", *(ROOT / "runs").rglob("*.py")]
     files += [*(ROOT / "tasks").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
@@ -135,7 +135,7 @@ def test_an_npz_writes_no_file_outside() -> None:
 
 
 def test_an_hdf5_file_leads_to_no_other_file() -> None:
-    """By an external link, also behind a soft one, external storage, or a virtual dataset."""
+    """Not by external links (even behind soft links), external storage or virtual datasets."""
     write_dataset(Path("other.hdf5"))
     os.mkfifo("fifo")  # whose opening would wait forever
 
@@ -171,7 +171,7 @@ def test_links_within_an_hdf5_file_are_followed() -> None:
 
 
 def test_an_hdf5_filter_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HDF5 loads filters from folders that the user has named, never from beside the data."""
+    """HDF5 only loads filters from folders that the user has named, not from the data's folder."""
     Path("libh5bogus.so").write_bytes(b"\x7fELF")
     path = write_dataset(Path("data.hdf5"))
     with h5py.File(path, "a") as file:

@@ -19,7 +19,7 @@ from episodes import check_episodes
 from helpers import ROOT, killed_at, resumed_like_left_alone
 from runs.errors import InputError
 from tools import make_dataset
-from tools.recipes import recipe_of
+from tools.recipes import find_recipe
 from tools.recipes.writing import write_npz
 
 CUBE, POINT = "cube-single-noisy-singletask-task4-v0", "pointmaze-medium-navigate-singletask-v0"
@@ -57,7 +57,7 @@ def files(made: dict[str, tasks.Task], tmp_path_factory: pytest.TempPathFactory)
     """Data of each task, some of it at its goal, also in the last row."""
     folder = tmp_path_factory.mktemp("data")
     seeds = np.random.SeedSequence((0, 0))
-    rows = {name: recipe_of(name)(name).rollout(seeds) for name in (CUBE, POINT)}
+    rows = {name: find_recipe(name)(name).rollout(seeds) for name in (CUBE, POINT)}
     rows[SCENE] = record_scene(made[SCENE])
     for name, recorded in rows.items():
         for suffix in (".npz", "-val.npz"):  # OGBench's reader wants both

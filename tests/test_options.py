@@ -1,4 +1,4 @@
-"""Options: what the texts of a YAML file and of a command line mean, and what is refused."""
+"""Options: how texts in YAML files and on the command line are read, and which are refused."""
 
 import math
 import os
@@ -165,7 +165,7 @@ def test_no_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # KeyError, as of an unknown user
     for options in (["--folder", "~/x"], ["--config_path", "~/x"], ["--model=~/x"]):
-        with pytest.raises(InputError, match="found '~/x', but ~ is no known home directory"):
+        with pytest.raises(InputError, match="found '~/x', but ~ is not a known home directory"):
             parse(*options)
 
 

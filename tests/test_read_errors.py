@@ -1,4 +1,4 @@
-"""What the system refuses is reported as that; only damaged data is called damaged."""
+"""If the system refuses a file, the error says so; only damaged data is called damaged."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_locked_file_is_no_damaged_one(path: Path) -> None:
 
 
 def test_damage_is_called_damage(path: Path) -> None:
-    """Also where it sends the reader to a place that no file has, as EINVAL."""
+    """Even if it makes the reader seek to an impossible position, which gives EINVAL."""
     for error in (OSError(errno.EINVAL, "Invalid argument"), ValueError("x"), AssertionError()):
         with pytest.raises(InputError, match="not a valid .* delete it"), files.reading(path, "x"):
             raise error

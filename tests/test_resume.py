@@ -1,6 +1,6 @@
-"""What a run logs and leaves; and that runs which are killed, stopped or hit by a fault go on.
+"""What a run logs and saves, and that runs resume after a kill, a signal or a fault.
 
-A run left alone is the measure: its metrics, checkpoints and stored transitions, bit for bit.
+A resumed run must be bit-identical to an uninterrupted one: metrics, checkpoints, transitions.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SHORT = [*RUN, "--online_iterations", 80]  # to step 140
 
 @pytest.fixture(scope="module")
 def left_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing disturbed."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("left_alone")
     with working_in(folder):
         assert call(*RUN).returncode == 0
@@ -78,7 +78,7 @@ def ended_by(process: subprocess.Popen, signum: int) -> int:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """All files of a run but starts.jsonl, which every start adds to."""
+    """All files of a run except starts.jsonl, to which every start appends."""
     return {p.name: p.read_bytes() for p in directory.iterdir() if p.name != "starts.jsonl"}
 
 
@@ -127,7 +127,7 @@ def test_the_logged_names_are_those_that_the_field_plots_at_their_steps(left_alo
 def test_the_regret_of_evaluations_is_that_of_the_online_phase_also_after_a_kill(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mean of 1 - success; an older checkpoint, without its sums, begins it anew."""
+    """The mean of 1 - success; after an older checkpoint, which lacks the sums, it starts again."""
     options = [*RUN, "--eval_freq", 25, "--online_iterations", 105]  # evaluates at 165, too
     real = cal_ql.Run.evaluate
 
@@ -527,7 +527,7 @@ def test_an_environment_that_fails_is_named_and_the_run_saved(
     assert f"at step {step} of the episode with seed {seed} (ValueError: the simulation" in line
     assert newest(folder).name == "checkpoint_60.pt"
     counts = torch.load(newest(folder), weights_only=True)["counts"]
-    assert counts["episodes"] == skipped  # so that it is not tried for ever
+    assert counts["episodes"] == skipped  # so that it is not retried forever
     assert call(*SHORT).returncode == 0
     updates = [r["step"] for r in records_of(folder) if "updates_per_second" in r]
     assert updates == [*range(10, 141, 10)]

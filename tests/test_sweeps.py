@@ -36,7 +36,7 @@ def server() -> Iterator[Server]:
 
 
 def start(folder: Path, server: Server, *commands: str) -> subprocess.Popen:
-    """`wandb COMMAND` of each in turn, in `folder`; what they and their runs print is in `log`."""
+    """Run each `wandb COMMAND` in turn, in `folder`; `log` gets their output and their runs'."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     env |= {"HOME": str(folder), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
     env |= {"WANDB_AGENT_DISABLE_FLAPPING": "true", **server.env}
@@ -55,8 +55,8 @@ def wait_for(holds: Callable[[], Any], what: str) -> Any:
     return found
 
 
-def processes_of(agent: subprocess.Popen) -> list[int]:
-    """Those of the run that it has started."""
+def run_processes(agent: subprocess.Popen) -> list[int]:
+    """The processes of the run that this agent has started."""
     try:
         children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
         commands = {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in children}
@@ -85,22 +85,22 @@ def test_runs_of_a_sweep_survive_their_agent_and_agents_their_runs(
     agents, orphan = [], 0
     log = (tmp_path / "log").read_text
     try:
-        # two agents take a run each; that of one ends with an error, and the agent goes on
+        # two agents take a run each; one run ends with an error, and its agent continues
         agents = [start(tmp_path, server, "agent me/p/sweep0") for _ in range(2)]
         wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint_*.pt")), "a checkpoint")
         wait_for(lambda: bad.state == "failed", "the error of the other run")
         assert "cal_ql.py: error: checkpoints_path: found ''" in log()
-        killed, other = sorted(agents, key=lambda agent: not processes_of(agent))
+        killed, other = sorted(agents, key=lambda agent: not run_processes(agent))
         assert good.agents != bad.agents and other.poll() is None
 
         # one agent is killed and its run lives on: another start of it is refused
-        (orphan,) = processes_of(killed)
+        (orphan,) = run_processes(killed)
         killed.kill()
         killed.wait()
         os.kill(orphan, signal.SIGSTOP)  # so that it takes nobody's time
         good.state = "pending"
         wait_for(lambda: good.state == "failed", "the refusal of the second start")
-        assert "another process runs in" in log() and processes_of(other) == []
+        assert "another process runs in" in log() and run_processes(other) == []
 
         # it ends, and the next start continues it, until the server stops that early
         os.kill(orphan, signal.SIGCONT)
@@ -117,7 +117,7 @@ def test_runs_of_a_sweep_survive_their_agent_and_agents_their_runs(
         server.closing = True
         assert other.wait(60) == 0
     finally:
-        for pid in [orphan, *(pid for agent in agents for pid in processes_of(agent))]:
+        for pid in [orphan, *(pid for agent in agents for pid in run_processes(agent))]:
             if pid and Path(f"/proc/{pid}").exists():
                 os.kill(pid, signal.SIGKILL)
         for agent in agents:
@@ -209,7 +209,7 @@ def test_the_newest_offline_directory_alone_brings_every_record_home(
     wandb.teardown()  # it may have read the environment for another test
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "data.hdf5")
-    for n in (0, 10, 20):  # each start goes on where the one before ended
+    for n in (0, 10, 20):  # each start resumes where the one before ended
         assert call(*FAST, "--checkpoints_path", "runs", "--online_iterations", n).returncode == 0
     (run,) = tmp_path.glob("runs/*")
     directories = sorted(run.glob("wandb/offline-run-*"))

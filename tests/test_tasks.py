@@ -1,4 +1,4 @@
-"""Tasks by their names, and D4RL's kitchen paid by the rule of its data."""
+"""Tasks by id, and D4RL's kitchen with the rewards of its data."""
 
 import numpy as np
 import pytest
@@ -111,7 +111,7 @@ def kitchen() -> tasks.Task:
 
 
 def complete(task: tasks.Task, subtasks: list[str]) -> None:
-    """Start over, with the elements of these subtasks where they should be."""
+    """Reset, with the objects of these subtasks at their goals."""
     from d4rl.kitchen import kitchen_envs
 
     env = task.env.unwrapped

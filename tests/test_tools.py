@@ -207,18 +207,38 @@ def test_intervals():
     assert evaluate.rate_interval(5, 10) == "0.500 (0.237 to 0.763)"  # Wilson (1927)
 
 
-@pytest.mark.parametrize("best_of_many", [False, True])
-def test_benchmark_counts_the_operations_that_torch_counts(best_of_many):
-    sizes = dict(
-        batch_size=8, hidden_dim=24, cql_n_actions=3, actor_n_hidden_layers=2, compile=False
-    )
-    config = cal_ql.Config(**sizes, q_n_hidden_layers=4, cql_max_target_backup=best_of_many)
-    agent = cal_ql.Agent(5, 2, config, torch.device("cpu"))
+SIZES = dict(batch_size=8, hidden_dim=24, cql_n_actions=3, actor_n_hidden_layers=2, compile=False)
+SAC = dict(cql_alpha_online=0.0, n_critics=10, critic_layer_norm=True, actor_layer_norm=True)
+
+
+def make_update(**options) -> tuple[cal_ql.Agent, cal_ql.Batch]:
+    """An agent of small networks, and a batch for it."""
+    agent = cal_ql.Agent(5, 2, cal_ql.Config(**SIZES | options), torch.device("cpu"))
     column, wide = torch.zeros(8), torch.zeros(8, 5)
-    batch = cal_ql.Batch(wide, torch.zeros(8, 2), column, wide, column, column)
+    return agent, cal_ql.Batch(wide, torch.zeros(8, 2), column, wide, column, column)
+
+
+@pytest.mark.parametrize(
+    ("options", "online"),
+    [
+        ({}, False),
+        (dict(cql_max_target_backup=True), False),
+        (dict(bc_steps=1), False),
+        (dict(bc_weight=1.0, n_critics=4, n_target_critics=3), False),
+        (SAC, True),
+        (SAC | dict(n_target_critics=2, cql_max_target_backup=True, bc_weight=1.0), True),
+        # the first of each period of updates, and its last
+        (SAC | dict(actor_update_period=4, offline_iterations=0), True),
+        (SAC | dict(actor_update_period=4, offline_iterations=-3), True),
+        (dict(actor_update_period=4, offline_iterations=0), True),
+    ],
+)
+def test_benchmark_counts_the_operations_that_torch_counts(options, online):
+    agent, batch = make_update(q_n_hidden_layers=4, **options)
+    phase = agent.phase(online)
     with FlopCounterMode(display=False) as counter:
-        agent.update(batch, online=False)
-    assert roofline.flops(config, 5, 2) == counter.get_total_flops()
+        agent.update(batch, online)
+    assert roofline.flops(agent.config, phase, 5, 2) == counter.get_total_flops()
 
 
 def test_benchmark_counts_kernels_and_not_views():
@@ -236,16 +256,19 @@ def test_benchmark_counts_the_bytes_of_products_and_optimizers():
         torch.baddbmm(bias, x, weight).relu_()
     assert counted.total == 4 * (bias.numel() + x.numel() + weight.numel() + 2 * 6 * 3)
 
-    sizes = dict(batch_size=8, hidden_dim=24, cql_n_actions=3, actor_n_hidden_layers=2)
-    sizes |= dict(compile=False)
-    agent = cal_ql.Agent(5, 2, cal_ql.Config(**sizes), torch.device("cpu"))
-    column, wide = torch.zeros(8), torch.zeros(8, 5)
-    batch = cal_ql.Batch(wide, torch.zeros(8, 2), column, wide, column, column)
-    moved = roofline.bytes_moved(agent, batch)
+    agent, batch = make_update(actor_update_period=2, offline_iterations=0)
+    phases = [agent.phase(online=False), agent.phase(online=False)._replace(cql_alpha=0.0)]
+    phases.append(phases[1]._replace(trains_actor=False))
     critics = sum(parameter.numel() for parameter in agent.critic.parameters())
-    hidden = 2 * 8 * 10 * 24  # values of a hidden layer of both critics, read and written thrice
-    assert moved > 4 * (10 * critics + 6 * hidden)
-    assert moved < 4 * (30 * critics + 40 * hidden)
+    found = []
+    for phase in phases:
+        rows = 8 * (10 if phase.cql_alpha else 1)
+        hidden = 2 * rows * 24  # values of a hidden layer of both critics, read and written thrice
+        found.append(roofline.bytes_moved(agent, batch, phase))
+        assert found[-1] > 4 * (10 * critics + 6 * hidden)
+        assert found[-1] < 4 * (30 * critics + 40 * hidden)
+    actor = sum(parameter.numel() for parameter in agent.actor.parameters())
+    assert found[0] > found[1] > found[2] + 4 * 7 * actor
 
 
 def test_benchmark_reads_a_trace_of_a_gpu():

@@ -5,6 +5,7 @@ import functools
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -39,6 +40,13 @@ def make_batch(seed: int, device: torch.device = CPU) -> Batch:
 # An update after another method's: without a regularizer, of many critics; the actor may wait.
 OTHER = dict(n_critics=4, n_target_critics=2, actor_layer_norm=True, cql_alpha_online=0.0)
 OTHER |= dict(bc_weight=0.5, actor_update_period=2, target_entropy=-1.0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """All agents' updates count as one function's, of which dynamo compiles no more than 8."""
+    yield
+    torch._dynamo.reset()
 
 
 # --------------------------------------------------------------------------- on the CPU

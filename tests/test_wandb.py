@@ -1,4 +1,4 @@
-"""The real W&B client: its records, and what befalls a run while W&B is away, hangs or dies."""
+"""The real W&B client: its records, and what a run does while W&B is away, hangs or dies."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ os._exit(run_program(cal_ql.main, "cal_ql.py", goes_on=True))
 
 
 def signalled(folder: Path, number: int, signum: int) -> int:
-    """The exit code of such a run that gets a signal at that call of Task.step."""
+    """The exit code of a run that gets a signal at that call of Task.step."""
     command = [sys.executable, "-c", SIGNALLED.format(number, int(signum)), *SHORT]
     return subprocess.run(command, cwd=folder, env=environment(folder)).returncode
 
@@ -85,7 +85,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def unreachable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Folders and processes of runs whose server refuses or hangs; they wait while others work."""
+    """Folders and processes of runs whose server refuses or hangs; other tests run meanwhile."""
     with socket.socket() as refusing, socket.socket() as hanging:
         processes = {}
         for name, server in (("refuses", refusing), ("hangs", hanging), ("hangs, stop", hanging)):
@@ -169,7 +169,7 @@ def test_a_wandb_other_than_the_pinned_one_is_named_and_stops_nothing(
     run = Wandb(None, project="CORL")
     run.send({"step": 1})
     (line,) = capsys.readouterr().out.splitlines()
-    assert run.run is None and line.startswith("W&B fails, metrics.jsonl") and "'prompt'" in line
+    assert run.run is None and line.startswith("W&B fails; metrics.jsonl") and "'prompt'" in line
 
 
 def test_wandbs_folder_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

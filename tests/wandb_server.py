@@ -1,6 +1,6 @@
 """A stand-in for W&B's server on loopback: sweeps, agents, runs and their records, in memory.
 
-It answers what `wandb sweep`, `wandb agent`, `wandb sync` and a run ask for, and nothing else.
+It only answers the requests of `wandb sweep`, `wandb agent`, `wandb sync` and a run.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Server:
         return {"createAgent": {"agent": {"id": name}}}
 
     def heartbeat(self, variables: dict) -> dict:
-        """The agent says which of its runs live and is told what to do about them."""
+        """The agent reports which of its runs are alive, and gets commands for them."""
         agent, alive = variables["id"], json.loads(variables["runState"])
         sweep, commands = self.agents[agent], []
         for run in sweep.runs:

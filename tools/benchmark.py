@@ -1,14 +1,14 @@
-"""How close to the machine's limit a configuration trains, in one run on this machine.
+"""Measure how close a configuration trains to the limit of this machine.
 
     python tools/benchmark.py --config_path configs/antmaze.yaml --env antmaze-umaze-v2
 
-Takes the options of cal_ql.py and those below; docs/speed.md explains the figures. The data is
-random, of the task's sizes, unless --dataset_path names some: speed does not depend on its values.
+Takes the options of cal_ql.py and those below; docs/benchmark.md explains the figures. The data is
+random, with the task's sizes, unless --dataset_path names some: speed does not depend on values.
 Every figure is the median of interleaved repeats, since machines are noisy.
 
-The bound is the rate at which this machine could do an update that consisted of nothing but its
-matrix products: the slower of computing them, at the measured peak of the products of a hidden
-layer of the critics, and of moving their factors and results, at the measured speed of a copy.
+The bound is the rate at which this machine could do an update that consists only of its matrix
+products. It is the lower of two rates: computing them, at the measured peak of the products of a
+hidden layer of the critics, and moving their factors and results, at the measured speed of a copy.
 """
 
 import copy
@@ -107,7 +107,7 @@ class Variant(NamedTuple):
 
 
 def precisions(config: cal_ql.Config, device: torch.device) -> list[str]:
-    """The configuration's own; on CUDA, where none is asked for, both."""
+    """The configuration's own; without one, both on CUDA."""
     if config.precision:
         return [config.precision]
     return ["tf32", "float32"] if device.type == "cuda" else ["float32"]
@@ -128,7 +128,7 @@ def new_agents(subject: Subject) -> dict[str, cal_ql.Agent]:
 
 
 def is_compiled(agent: cal_ql.Agent) -> bool:
-    """Whether its updates are, or would be; compiling may have failed."""
+    """Whether its updates are, or will be, compiled; false after compiling has failed."""
     return isinstance(agent.compute, machine.Compiled) and agent.compute.compiled is not None
 
 
@@ -159,15 +159,16 @@ def measure_update(subject: Subject) -> Figures:
     found = precisions(config, device)
     variants = [v for p in found for v in make_variants(subject, batch, p)]
     works = {v.name: (v.precision, v.update) for v in variants}
-    multiply = roofline.hidden_products(config, device)
-    copying, copied = roofline.hidden_copy(config, device)
+    phase = subject.run.agent.phase(online=False)
+    multiply = roofline.hidden_products(config, phase, device)
+    copying, copied = roofline.hidden_copy(config, phase, device)
     for precision in found:
         works[f"whole, {precision}"] = precision, lambda: multiply(sys.maxsize)
         works[f"pieces, {precision}"] = precision, lambda: multiply(1024)
     works["copying"] = found[0], copying
     times = interleaved(works, device, subject.repeats)
 
-    moved = roofline.bytes_moved(subject.run.agent, batch)
+    moved = roofline.bytes_moved(subject.run.agent, batch, phase)
     bounds, figures = find_bounds(subject, moved, copied / times["copying"], times)
     return figures | compare_variants(config, variants, times, bounds)
 
@@ -177,7 +178,8 @@ def find_bounds(
 ) -> tuple[dict[str, float], Figures]:
     """The bound by precision, in updates/s, and what it comes from."""
     config, task = subject.config, subject.run.task
-    needed = roofline.flops(config, task.observation_dim, task.action_dim)
+    phase = subject.run.agent.phase(online=False)
+    needed = roofline.flops(config, phase, task.observation_dim, task.action_dim)
     figures: Figures = {
         "an update, GFLOP": needed / 1e9,
         "an update, MB moved at least": moved / 1e6,
@@ -187,7 +189,7 @@ def find_bounds(
     bounds = {}
     for precision in precisions(config, subject.run.agent.device):
         product = min(times[f"whole, {precision}"], times[f"pieces, {precision}"])
-        peak = roofline.hidden_flops(config) / product
+        peak = roofline.hidden_flops(config, phase) / product
         bounds[precision] = min(peak / needed, copying / moved)
         figures[f"peak of the matrix products, {precision}, GFLOP/s"] = peak / 1e9
         figures[f"bound by products, {precision}, updates/s"] = peak / needed
@@ -197,7 +199,7 @@ def find_bounds(
 def interleaved(
     works: dict[str, tuple[str, Callable]], device: torch.device, repeats: int
 ) -> dict[str, float]:
-    """Seconds of each work at its precision: the median of rounds, the first of which is apart."""
+    """Seconds of each work at its precision: the median of all rounds but the first."""
     times: dict[str, list[float]] = {name: [] for name in works}
     counts: dict[str, int] = {}
     for number in range(repeats + 1):
@@ -248,7 +250,7 @@ def train_steps(subject: Subject, n: int, online: bool) -> None:
 
 
 def measure_loops(subject: Subject) -> Figures:
-    """Both phases as they are trained, and how the online one is split."""
+    """Both phases as they are trained, and how an online step divides into its parts."""
     times = loop_times(subject)
     device = subject.run.agent.device
     step = times["online"] + times["play"]
@@ -282,6 +284,7 @@ def loop_times(subject: Subject) -> dict[str, float]:
         lengths.append(len(episode.rewards))
 
     run.play(subject.stop)  # something online to learn from
+    run.progress.warmup_end = 0  # at once
     n = calls_a_round(subject.update, device)
     works: dict[str, Callable] = {
         "update": lambda: run.agent.update(batch, online=False),

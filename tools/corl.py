@@ -1,4 +1,4 @@
-"""The update of CORL's own cal_ql.py, to be timed beside ours."""
+"""The update of CORL's cal_ql.py, to compare its speed with ours."""
 
 import contextlib
 import importlib.util
@@ -23,7 +23,7 @@ SHARED = """discount soft_target_update_rate alpha_multiplier use_automatic_entr
 
 
 def load_module(path: Path) -> ModuleType:
-    """CORL's cal_ql.py; raises `InputError` for what is none."""
+    """CORL's cal_ql.py as a module; raises `InputError` for any other file."""
     name = "corl_cal_ql"
     try:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -39,9 +39,10 @@ def load_module(path: Path) -> ModuleType:
 
 
 def has_its_sizes(config: cal_ql.Config) -> bool:
-    """Whether CORL's networks can be as large as the configuration's."""
+    """Whether CORL's networks can have the configuration's sizes."""
     sizes = config.hidden_dim, config.actor_n_hidden_layers, config.n_critics
-    return sizes == (HIDDEN_DIM, ACTOR_LAYERS, N_CRITICS) and not config.critic_layer_norm
+    others = config.critic_layer_norm, config.actor_layer_norm, config.n_target_critics
+    return sizes == (HIDDEN_DIM, ACTOR_LAYERS, N_CRITICS) and not any(others)
 
 
 def make_update(

@@ -2,10 +2,10 @@
 
     python tools/evaluate.py output/RUN --episodes 100 --video episode.gif
 
-RUN is a checkpoint, or a run directory, whose newest checkpoint is used. The policy takes its mean
-actions. Intervals are 95 % confidence intervals: of the mean by Student's t, of the success rate by
-Wilson's score. The video shows the first episode, rendered offscreen. The GIF of an ant's maze
-plays at about twice the ant's speed, in a loop, and has a few hundred kilobytes.
+RUN is a checkpoint or a run directory, of which the newest checkpoint is used. The policy takes its
+mean actions. Intervals are 95 % confidence intervals: of the mean by Student's t, of the success
+rate by Wilson's score. The video shows the first episode, rendered offscreen. For an ant's maze the
+GIF loops, plays at about twice the ant's speed and has a few hundred kilobytes.
 """
 
 import functools
@@ -50,7 +50,7 @@ def load_policy(run: Path) -> tuple[cal_ql.Config, cal_ql.Task, cal_ql.Actor, ca
 
 
 def mean_interval(values: list[float]) -> str:
-    """The mean and, of several values, its interval by Student's t and their deviation."""
+    """The mean; for several values also its interval by Student's t, and their deviation."""
     mean = float(np.mean(values))
     n = len(values)
     if n == 1:
@@ -67,7 +67,7 @@ def rate_interval(successes: int, n: int) -> str:
 
 
 def report(task: cal_ql.Task, episodes: list[cal_ql.Episode]) -> str:
-    """What the episodes yielded, a line per quantity."""
+    """The results of the episodes, a line per quantity."""
     lines = [
         f"return            {mean_interval([sum(episode.rewards) for episode in episodes])}",
         f"length            {mean_interval([len(episode.rewards) for episode in episodes])}",
@@ -80,7 +80,7 @@ def report(task: cal_ql.Task, episodes: list[cal_ql.Episode]) -> str:
 
 
 def evaluate(run: Path, n: int, seed: int | None, video: Path | None) -> None:
-    """Play `n` episodes, print what they yielded and save the video."""
+    """Play `n` episodes, print their results and save the video."""
     config, task, actor, scaling = load_policy(run)
     seed = config.eval_seed if seed is None else seed
     workers = 1 if video else None  # episodes in other processes could not be filmed
@@ -90,7 +90,7 @@ def evaluate(run: Path, n: int, seed: int | None, video: Path | None) -> None:
     play = functools.partial(cal_ql.play_episode, actor=actor, scaling=scaling, explore=False)
     try:
         episodes = pool.map(play, [cal_ql.episode_seed(seed, "eval", i) for i in range(n)])
-    finally:  # or Python would wait for the workers to play them all
+    finally:  # otherwise Python would wait until the workers have played all episodes
         pool.close()
     print(f"{n} episodes of {config.env}, seed {seed}")
     print(report(task, episodes))

@@ -18,7 +18,7 @@ FRAMES_PER_SECOND = 10
 
 
 class Filmed:
-    """A task whose first episode is filmed; raises `InputError` where that is impossible."""
+    """A task whose first episode is filmed; raises `InputError` if that is impossible."""
 
     def __init__(self, task: Task, path: Path):
         if path.suffix not in (".gif", ".mp4"):
@@ -51,7 +51,7 @@ class Filmed:
         return step
 
     def film(self) -> None:
-        """Add a frame of the state as it is, with the goal of an ant's maze as a disc."""
+        """Add a frame of the current state; in an ant's maze a disc marks the goal."""
         import mujoco
 
         self.renderer.update_scene(self.data, self.camera)
@@ -69,7 +69,7 @@ class Filmed:
         self.frames.append(self.renderer.render())
 
     def save(self) -> None:
-        """Write the video; raises `RunError` where the disk is full."""
+        """Write the video; raises `RunError` if the disk is full."""
         try:
             if self.path.suffix == ".mp4":
                 imageio.mimsave(self.path, self.frames, fps=FRAMES_PER_SECOND)
@@ -89,7 +89,7 @@ def make_renderer(model: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # GLFW's, beside its exception
             return mujoco.Renderer(model, SIZE[1], SIZE[0])
-    except Exception as error:  # each OpenGL library has errors of its own
+    except Exception as error:  # each OpenGL library raises its own errors
         raise InputError(
             f"video: no OpenGL to render with ({type(error).__name__}: {error}); try "
             "MUJOCO_GL=egl (a GPU or Mesa) or MUJOCO_GL=osmesa (Debian's libosmesa6)"
@@ -108,7 +108,7 @@ def make_camera(model: Any) -> Any:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `InputError` where no file can be written, now rather than after all episodes."""
+    """Raise `InputError` if the file cannot be written, now rather than after all episodes."""
     try:
         path.touch()
         check_regular(path)

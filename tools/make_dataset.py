@@ -1,11 +1,12 @@
-"""Make a dataset for a task of D4RL's, Minari's or OGBench's, by their published recipes.
+"""Make a dataset for a task of D4RL, Minari or OGBench, by their published recipes.
 
     python tools/make_dataset.py antmaze-umaze-v2 --transitions 200000 --seed 0
     python tools/make_dataset.py cube-single-play-singletask-v0 --transitions 200000 --seed 0
     python tools/make_dataset.py door-binary-v0 --demonstrations door-v0_demos.pickle
 
-Row i depends on the task, the seed, the demonstrations if any, and i alone, apart from the last
-row's end: a short file is the beginning of a longer one, and the number of workers does not matter.
+Row i only depends on the task, the seed, the demonstrations (if any) and i, except that the last
+row ends an episode. So a short file is the beginning of a longer one, and the number of workers
+does not matter.
 
 recipes/description.txt, and for locomotion recipes/locomotion.txt, describe the layouts and the
 recipes. The recipes themselves are in recipes/, a file per family of tasks.
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tasks
 from runs.errors import InputError, RunError, run_program
 from tools.command_line import Parser
-from tools.recipes import RECIPES, recipe_of
+from tools.recipes import RECIPES, find_recipe
 from tools.recipes.common import Rows
 from tools.recipes.workers import rollouts
 
@@ -47,9 +48,9 @@ class Interrupted(RunError):
 
 
 def collect(made: Iterator[Rows], transitions: int, show_total: bool) -> tuple[Rows, int]:
-    """The first `transitions` rows of those rollouts, and how many rollouts had none.
+    """The first `transitions` rows of the rollouts, and how many rollouts had none.
 
-    Raises `Interrupted` after a signal, and `RunError` where no rollout has rows.
+    Raises `Interrupted` after a signal, and `RunError` if no rollout has rows.
     """
     parts = []
     missing = transitions
@@ -73,8 +74,8 @@ def collect(made: Iterator[Rows], transitions: int, show_total: bool) -> tuple[R
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, left_out
 
 
-def part_of(target: Path) -> Path:
-    """Where the dataset is written before it is whole."""
+def part_path(target: Path) -> Path:
+    """Where the dataset is written until it is complete."""
     return target.with_name(f".{target.name}.{os.getpid()}.part")
 
 
@@ -87,16 +88,16 @@ def write_dataset(
     demonstrations: list[dict[str, Any]] | None = None,
     source: str = "",
 ) -> int:
-    """Write a dataset of `task` to `target`, all at once when it is whole.
+    """Write a dataset of `task`; `target` only appears once it is complete.
 
-    `source` is the end of the command line that is noted in the file. Returns how many rollouts
-    were left out. Raises OSError where it cannot write, and what `collect` raises.
+    `source` is the end of the command line that the file stores. Returns how many rollouts were
+    left out. Raises OSError if it cannot write, and what `collect` raises.
     """
-    recipe = recipe_of(task)
+    recipe = find_recipe(task)
     made = rollouts(task, seed, workers, demonstrations)
     rows, left_out = collect(made, transitions, show_total=demonstrations is None)
     command = f"tools/make_dataset.py {task} --transitions {transitions} --seed {seed}{source}"
-    part = part_of(target)
+    part = part_path(target)
     try:
         recipe.write(part, rows, recipe.metadata(task, seed, command))
         part.replace(target)
@@ -106,8 +107,8 @@ def write_dataset(
 
 
 def summary(target: Path, name: str) -> str:
-    """What the training script finds in the finished file, and the command line to train on it."""
-    recipe = recipe_of(name)
+    """The content of the finished file as the training script reads it, and a command to train."""
+    recipe = find_recipe(name)
     is_folder = recipe.layout == "minari"
     data = target.parents[name.count("/")] if is_folder else target  # Minari's root folder
     task = tasks.make(name, str(data))
@@ -144,7 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--demonstrations", type=Path, metavar="PATH", help="hand_dapg's door-v0_demos.pickle")
     option("--workers", type=int, default=os.cpu_count() or 1, help="default: one per core")
     args = parser.parse_args()
-    if recipe_of(args.task) is None:
+    if find_recipe(args.task) is None:
         raise InputError(f"no recipe for {args.task!r}; there is one for {', '.join(RECIPES)}")
     for name, least, most in (
         ("transitions", 1, 2**40),
@@ -167,9 +168,9 @@ def default_output(args: argparse.Namespace, layout: str) -> Path:
     return Path(os.path.relpath(DATASETS / name))
 
 
-def target_of(args: argparse.Namespace) -> Path:
-    """Where the dataset is to be; sets `args.output` to its default. Raises `InputError`."""
-    layout = recipe_of(args.task).layout
+def target_path(args: argparse.Namespace) -> Path:
+    """The path of the dataset; sets `args.output` to its default. Raises `InputError`."""
+    layout = find_recipe(args.task).layout
     if args.output is None:
         args.output = default_output(args, layout)
     target = args.output / args.task if layout == "minari" else args.output
@@ -180,7 +181,7 @@ def target_of(args: argparse.Namespace) -> Path:
         raise InputError(f"cannot write to {parent}")
     try:
         exists = target.exists()
-        part_of(target).exists()  # its longer name must be possible too
+        part_path(target).exists()  # its longer name must be possible too
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}") from None
     if exists:
@@ -188,9 +189,9 @@ def target_of(args: argparse.Namespace) -> Path:
     return target
 
 
-def demonstrations_of(args: argparse.Namespace) -> list[dict[str, Any]] | None:
+def load_demonstrations(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     """The episodes in --demonstrations, for the tasks that need them; raises `InputError`."""
-    needs_them = recipe_of(args.task).needs_demonstrations
+    needs_them = find_recipe(args.task).needs_demonstrations
     if needs_them != bool(args.demonstrations):
         needed = "needs" if needs_them else "takes no"
         raise InputError(f"{args.task} {needed} --demonstrations; see --help")
@@ -206,9 +207,9 @@ def demonstrations_of(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 
 def main() -> None:
     args = parse_arguments()
-    target = target_of(args)
-    recipe_of(args.task).check()
-    demonstrations = demonstrations_of(args)
+    target = target_path(args)
+    find_recipe(args.task).check()
+    demonstrations = load_demonstrations(args)
     source = f" --demonstrations {args.demonstrations.name}" if demonstrations else ""
     for number in (signal.SIGINT, signal.SIGTERM):  # an exception could be lost in a destructor
         signal.signal(number, lambda *_: _stopped.set())

@@ -1,7 +1,7 @@
-"""Scores that others have published, for tools/report.py to show beside one's own.
+"""Published scores, which tools/report.py shows beside yours.
 
-Each row of results/published.csv names its source. A row is shown where the task and the method's
-name are those of a run.
+Each row of results/published.csv names its source. A row is shown if a run has the same task and
+method.
 """
 
 import csv
@@ -18,7 +18,7 @@ Curves = dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]]  # by task a
 
 
 class Published(NamedTuple):
-    """What a source says of a method on a task. Deviations are over the seeds; NaN: not told."""
+    """A source's scores of a method on a task. Deviations are over seeds; NaN if not published."""
 
     task: str
     method: str
@@ -47,7 +47,7 @@ class Published(NamedTuple):
 
 
 def read_published(path: Path) -> list[Published]:
-    """The rows of a file like results/published.csv; raises `InputError` for another."""
+    """The rows of a file like results/published.csv; raises `InputError` for any other file."""
     kinds = Published.__annotations__
     rows = []
     try:

@@ -4,8 +4,7 @@
     python tools/report.py curves.csv --output curves.png
 
 Prints the tables as Markdown. A path is a run directory, or a file that --csv wrote (edit its
-column `method` to rename methods). A path that cannot be read is left out, with a line that says
-why.
+column `method` to rename methods). A path that cannot be read is left out; one line says why.
 
 Runs on one task with equal options are seeds of one method. Options that may change between two
 starts of a run (device, logging, evaluation, number of steps) are ignored. A method is called
@@ -17,15 +16,15 @@ Then follows each option whose value is not the method's in configs/methods/ or,
 not that of most methods on the task. On a tie the default is the usual value; if the default is not
 among the tied values, every method shows its own.
 
-Below a task's scores, pictures have the values that the regularizer moves: the critics' mean value
-of the data's actions and of the policy's (in Cal-QL no lower than the bound, as the loss has them),
-the bound, which is the mean return-to-go, and the share of the policy's actions valued below it.
-Each point is a mean over the updates since the last evaluation. Files of --csv that are older than
-these columns give scores alone.
+Below a task's scores, pictures show the values that the regularizer moves: the critics' mean value
+of the data's actions and of the policy's (in Cal-QL no lower than the bound, as in the loss), the
+bound, which is the mean return-to-go, and the share of the policy's actions valued below it. Each
+point is a mean over the updates since the last evaluation. Older files of --csv lack these columns
+and only give scores.
 
-results/published.csv has scores that others published. Where the task and the method are a run's,
-they are a row of the table and marks at the switch and at the end, whatever the number of steps;
---published none leaves them out. CORL's "Cal-QL" trains online by plain CQL.
+results/published.csv has scores that others published. If a run has the same task and method, they
+are a row of the table and marks at the switch and at the end, for any number of steps; --published
+none leaves them out. CORL's "Cal-QL" trains online by plain CQL.
 """
 
 import argparse
@@ -160,12 +159,12 @@ def make_run(
 ) -> Run:
     """A run by its `COUNTS` and by the score, success rate, regret and `VALUES` at each step.
 
-    Raises ValueError, TypeError or OverflowError where a value cannot be a run's.
+    Raises ValueError, TypeError or OverflowError if a value cannot be a run's.
     """
     for text in (task, method, *options):
         if not isinstance(text, str):
             raise TypeError(f"found {str(text)[:80]!r} for a name, expected text")
-        text.encode()  # raises UnicodeError where it cannot be printed
+        text.encode()  # raises UnicodeError if it cannot be printed
     if not evaluations:
         raise ValueError("no evaluation yet")
     seed, offline, online = map(int, counts)
@@ -285,7 +284,7 @@ def read_all(paths: list[Path]) -> tuple[list[Run], list[str]]:
     for path in paths:
         try:
             runs += read_csv(path) if path.suffix == ".csv" else read_run(path)
-        except Exception as error:  # files that are not ours can raise anything
+        except Exception as error:  # foreign files can raise any exception
             found = " ".join(f"{type(error).__name__}: {error}".split())
             problems.append(f"{path}: expected a run or a file of --csv, found {found}")
     return runs, problems
@@ -704,7 +703,7 @@ def write_csv(runs: list[Run], path: Path) -> None:
 def write_outputs(
     args: argparse.Namespace, runs: list[Run], tables: list, text: str, *published: Any
 ) -> None:
-    """Write the files that the command line names; raises `InputError` where that fails."""
+    """Write the files that the command line names; raises `InputError` if that fails."""
     groups = groups_of(runs)
     outputs: list[tuple[Path | None, Callable[[Path], Any]]] = [
         (args.csv, lambda path: write_csv(runs, path)),

@@ -14,25 +14,36 @@ aten = torch.ops.aten
 PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
 
 
-def flops(config: cal_ql.Config, observation_dim: int, action_dim: int) -> float:
+def n_critic_rows(config: cal_ql.Config, phase: cal_ql.Phase) -> int:
+    """Actions whose values the critics' loss takes: the data's and those of the regularizer."""
+    n_sampled = 3 * config.cql_n_actions if phase.cql_alpha else 0
+    return config.batch_size * (1 + n_sampled)
+
+
+def flops(
+    config: cal_ql.Config, phase: cal_ql.Phase, observation_dim: int, action_dim: int
+) -> float:
     """Floating-point operations of the matrix products that one update cannot do without."""
     batch, n, hidden = config.batch_size, config.cql_n_actions, config.hidden_dim
 
-    def critics(n_actions: int) -> tuple[int, int]:
+    def critics(rows: int, n_critics: int = config.n_critics) -> tuple[int, int]:
         """Multiply-adds forward (a weight's gradient takes as many), and of the input gradients."""
-        rows = batch * n_actions
         inner = rows * hidden * (hidden * (config.q_n_hidden_layers - 1) + 1)
         first = hidden * (batch * observation_dim + rows * action_dim)
-        return config.n_critics * (first + inner), config.n_critics * inner
+        return n_critics * (first + inner), n_critics * inner
 
-    regularized, regularized_inputs = critics(1 + 3 * n)
-    target, _ = critics(n if config.cql_max_target_backup else 1)
-    judged, judged_inputs = critics(1)  # the actor's loss; its input gradient reaches the actions
+    learned, learned_inputs = critics(n_critic_rows(config, phase))
+    n_target = batch * (n if config.cql_max_target_backup else 1)
+    target, _ = critics(n_target, config.n_target_critics or config.n_critics)
     inner = batch * hidden * (hidden * (config.actor_n_hidden_layers - 1) + 2 * action_dim)
     actor = batch * hidden * observation_dim + inner
-    total = 2 * regularized + regularized_inputs + target
-    total += judged + judged_inputs + config.n_critics * batch * hidden * action_dim
-    total += 3 * actor + inner  # at s and s' forward, and backward at s
+    total = 2 * learned + learned_inputs + target
+    total += 2 * actor  # at s and s'
+    if phase.trains_actor:
+        total += actor + inner  # backward at s
+    if phase.trains_actor and not phase.cloning:
+        judged, judged_inputs = critics(batch)  # the input gradient reaches the actions
+        total += judged + judged_inputs + config.n_critics * batch * hidden * action_dim
     return 2.0 * total
 
 
@@ -62,24 +73,24 @@ class ProductBytes(TorchDispatchMode):
         return result
 
 
-def bytes_moved(agent: cal_ql.Agent, batch: cal_ql.Batch) -> int:
+def bytes_moved(agent: cal_ql.Agent, batch: cal_ql.Batch, phase: cal_ql.Phase) -> int:
     """Bytes that an update reads and writes if all else is done within its matrix products.
 
     Adam reads parameters, gradients and two moments, and writes all but the gradients; the
     targets are read and written, and the critics read for them.
     """
-    phase = agent.phase(online=False)
     with in_one_piece(), ProductBytes() as products:
-        agent.gradients(batch, agent.draw_noise(phase), phase)
-    trained = sum(p.nbytes for parameters in agent.learned.values() for p in parameters)
+        gradients, _ = agent.gradients(batch, agent.draw_noise(phase), phase)
+    trained = sum(p.nbytes for name in gradients for p in agent.learned[name])
     targets = sum(p.nbytes for p in agent.target_critic.parameters())
     return products.total + 7 * trained + 3 * targets
 
 
-def hidden_products(config: cal_ql.Config, device: torch.device) -> Callable[[int], None]:
+def hidden_products(
+    config: cal_ql.Config, phase: cal_ql.Phase, device: torch.device
+) -> Callable[[int], None]:
     """The three products of a hidden layer of the critics, as a function of the rows at a time."""
-    rows, hidden = config.batch_size * (1 + 3 * config.cql_n_actions), config.hidden_dim
-    n = config.n_critics
+    rows, hidden, n = n_critic_rows(config, phase), config.hidden_dim, config.n_critics
     x, y, out = (torch.randn(n, rows, hidden, device=device) for _ in range(3))
     weight, weight_out = (torch.randn(n, hidden, hidden, device=device) for _ in range(2))
 
@@ -92,14 +103,16 @@ def hidden_products(config: cal_ql.Config, device: torch.device) -> Callable[[in
     return multiply
 
 
-def hidden_flops(config: cal_ql.Config) -> float:
+def hidden_flops(config: cal_ql.Config, phase: cal_ql.Phase) -> float:
     """Of these three products."""
-    rows = config.batch_size * (1 + 3 * config.cql_n_actions)
+    rows = n_critic_rows(config, phase)
     return 3.0 * 2.0 * config.n_critics * rows * config.hidden_dim**2
 
 
-def hidden_copy(config: cal_ql.Config, device: torch.device) -> tuple[Callable, int]:
+def hidden_copy(
+    config: cal_ql.Config, phase: cal_ql.Phase, device: torch.device
+) -> tuple[Callable, int]:
     """A copy of the values of a hidden layer of the critics, and the bytes that it moves."""
-    rows = config.batch_size * (1 + 3 * config.cql_n_actions)
+    rows = n_critic_rows(config, phase)
     x, y = (torch.zeros(config.n_critics, rows, config.hidden_dim, device=device) for _ in range(2))
     return lambda: y.copy_(x), 2 * x.nbytes

@@ -1,8 +1,8 @@
 """The recipes by which `make_dataset.py` makes data, a file per family of tasks.
 
-To add one, write a subclass of `common.Recipe` in a file of its own and name it below. What all of
-them do to the rows, and how they do it, is told in description.txt, for locomotion in
-locomotion.txt. A copy goes into every file that is made: to change a byte is to change those files.
+To add one, write a subclass of `common.Recipe` in its own file and name it below. description.txt
+describes the recipes and the rows; locomotion.txt does so for locomotion. Each dataset contains a
+copy of that text, so a change of a byte there changes the datasets.
 """
 
 import importlib
@@ -32,7 +32,7 @@ RECIPES["door-human-v1"] = "door:Door"
 RECIPES["door-binary-v0"] = "door:BinaryDoor"
 
 
-def recipe_of(task: str) -> type[Recipe] | None:
+def find_recipe(task: str) -> type[Recipe] | None:
     """The class that makes data for `task`, if there is one."""
     shared = re.sub("-task[1-5]-", "-", task)  # OGBench's five tasks of an environment share data
     if shared not in RECIPES:

@@ -55,13 +55,13 @@ class AntMaze(Recipe):
         if self.plan.starts:
             observation = self._move_to(self._pick(self.plan.starts, rng))
         goal = np.array(self.maze.target_goal)
-        cell = self.cell_of(observation[:2])
+        cell = self.cell_at(observation[:2])
         straight = rng.random() < self.plan.straight
         target = goal if straight else self._next_destination(cell, rng)
         rows = []
         done = False
         while not done:
-            here = self.cell_of(observation[:2])
+            here = self.cell_at(observation[:2])
             if here in self.centres:
                 cell = here
             if np.linalg.norm(target - observation[:2]) <= ARRIVED:
@@ -83,7 +83,7 @@ class AntMaze(Recipe):
         hidden = np.maximum(hidden @ w["w1"] + w["b1"], 0)
         return np.tanh(hidden @ w["w2"] + w["b2"])
 
-    def cell_of(self, xy: np.ndarray) -> Cell:
+    def cell_at(self, xy: np.ndarray) -> Cell:
         """The cell around `xy`; D4RL's own `_xy_to_rowcol` floors where it should round."""
         size = self.maze._maze_size_scaling
         return round(xy[1] / size) + 1, round(xy[0] / size) + 1
@@ -119,6 +119,6 @@ class AntMaze(Recipe):
 
     def _waypoint(self, cell: Cell, target: np.ndarray) -> np.ndarray:
         """Where to walk next from `cell`: the target, or the centre of a cell on the way."""
-        end = self.cell_of(target)
-        following = self.next_cell[cell, end]
-        return target if following == end else self.centres[following]
+        end = self.cell_at(target)
+        next_cell = self.next_cell[cell, end]
+        return target if next_cell == end else self.centres[next_cell]

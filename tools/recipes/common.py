@@ -1,4 +1,4 @@
-"""What recipes share: their interface, noisy actions, and rows from single steps."""
+"""What recipes share: their interface, noisy actions, and columns made of single steps."""
 
 import importlib.metadata
 from collections.abc import Callable
@@ -14,16 +14,16 @@ Rows = dict[str, np.ndarray]  # name in the file -> array with one row per trans
 
 
 class Recipe:
-    """Makes data for one task; each worker process makes one of these and asks it for rollouts.
+    """Makes data for one task; each worker process has one of these and asks it for rollouts.
 
     Attributes:
         layout: "hdf5" (D4RL's), "npz" (OGBench's) or "minari".
         write: writes rows and metadata to a new path in that layout; see writing.py.
         config: the file in configs/ to train with.
-        noise: that of the actions, noted in the file; None where they are no policy's.
-        description: a text on the data, which goes into every file that is made.
-        packages: those whose versions are noted in the file.
-        needs_demonstrations: whether `__init__` takes episodes of demonstrations and a seed too.
+        noise: the actions' noise, stored in the file; None if no policy chooses the actions.
+        description: a text on the data, which every file contains.
+        packages: the packages whose versions the file stores.
+        needs_demonstrations: whether `__init__` also takes episodes of demonstrations and a seed.
     """
 
     layout: str
@@ -39,19 +39,19 @@ class Recipe:
 
     @classmethod
     def check(cls) -> None:
-        """Raise `InputError` where something that the recipe needs is missing."""
+        """Raise `InputError` if something that the recipe needs is missing."""
 
     def rollout(self, seeds: np.random.SeedSequence) -> Rows | None:
-        """The rows of one rollout, which depends on `seeds` alone.
+        """The rows of one rollout, which only depends on `seeds`.
 
-        No rows where it is to be left out; None after the last rollout.
+        Without rows the rollout is left out; None means that there are no more.
         """
         raise NotImplementedError
 
     @classmethod
     def metadata(cls, task: str, seed: int, command: str) -> dict[str, Any]:
         """How the file was made, to be stored in it."""
-        from tasks import d4rl_compat  # here, so that --help need not wait for the simulator
+        from tasks import d4rl_compat  # here, so that --help does not wait for the simulator
 
         about = {
             "command": command,

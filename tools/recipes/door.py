@@ -33,7 +33,7 @@ class Door(Recipe):
         self.hand = self.task.env.unwrapped
 
     def rollout(self, seeds: np.random.SeedSequence) -> Rows | None:
-        """The demonstration of that number; None after the last."""
+        """The demonstration with this number; None after the last."""
         number = seeds.entropy[-1]
         if number >= len(self.demonstrations):
             return None
@@ -43,7 +43,7 @@ class Door(Recipe):
         return self.play(self.hand.get_obs(), lambda step, _: actions[step], len(actions))
 
     def play(self, observation: np.ndarray, act: Callable, n_steps: int) -> Rows:
-        """At most `n_steps` of `act(step, observation)`, from the simulator's present state."""
+        """At most `n_steps` of `act(step, observation)`, from the simulator's current state."""
         rows = []
         states = []
         for number in range(n_steps):
@@ -90,7 +90,7 @@ STATE = {"qpos": 30, "qvel": 30, "door_body_pos": 3}  # sizes of the simulator's
 
 
 def read_demonstrations(path: Path) -> list[dict[str, Any]]:
-    """The episodes in hand_dapg's file; raises `InputError` where it is not that of the door."""
+    """The episodes in hand_dapg's file; raises `InputError` if they are not of the door."""
     check_regular(path)
     demonstrations = unpickle(path)
     try:
@@ -114,11 +114,11 @@ def is_demonstration(episode: dict[str, Any]) -> bool:
 
 
 def clone(demonstrations: list[dict[str, Any]], seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A policy that acts as the demonstrations do, by least squares.
+    """A policy that imitates the demonstrations, by least squares.
 
-    It learns from noisy observations, so that it finds back where it strays from their paths.
+    It learns from noisy observations, so that it returns when it strays from their paths.
     """
-    import torch  # here, since it takes seconds and other recipes do without
+    import torch  # here, since it takes seconds and other recipes do not need it
     from torch import nn
 
     observations = np.concatenate([d["observations"] for d in demonstrations])

@@ -41,10 +41,10 @@ class Random(Recipe):
             rows.append(Row(observation, action, reward, done and not timeout, timeout))
             observation = next_observation
         columns = stack(rows)
-        following = [*columns["observations"][1:], observation]
+        next_observations = [*columns["observations"][1:], observation]
         return {
             **columns,
-            "next_observations": np.array(following, np.float32),
+            "next_observations": np.array(next_observations, np.float32),
             "infos/action_log_probs": np.full(len(rows), log_probability, np.float32),
             "infos/qpos": np.array(places, np.float32),
             "infos/qvel": np.array(velocities, np.float32),

@@ -14,7 +14,7 @@ TRAJECTORY = 10_000  # transitions until the point starts anew
 
 
 class WaypointSearch:
-    """D4RL's search for waypoints, which remembers its results.
+    """D4RL's search for waypoints, with cached results.
 
     D4RL's controller searches by value iteration for every target, which would take nine tenths of
     all the time.
@@ -82,6 +82,6 @@ class Maze2D(Recipe):
         return stack_maze(rows, self.maze.get_target(), self.maze.model.nq)
 
     def _next_target(self, here: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Another cell: the controller would count the same one as reached after one row."""
+        """Another cell: the controller would count the current one as reached after one row."""
         cells = np.array(self.maze.empty_and_goal_locations, float)
         return rng.choice(cells[(cells != np.round(here)).any(axis=1)])

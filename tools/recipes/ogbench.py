@@ -87,7 +87,7 @@ class Point(OGBench):
 
     @staticmethod
     def _is_hallway(walls: np.ndarray, i: int, j: int) -> bool:
-        """Whether one can only go straight through the cell."""
+        """Whether the only way through the cell is straight."""
         across = walls[[i - 1, i + 1], j]
         along = walls[i, [j - 1, j + 1]]
         return across.all() and not along.any() or along.all() and not across.any()

@@ -22,7 +22,7 @@ def write_minari(path: Path, rows: Rows, about: dict[str, Any]) -> None:
     task = about["task"]
     _, minari = import_for(task, "minari")
     recipe = PointMaze(task)  # the dataset describes its environment and has reference scores
-    episodes = episodes_of(rows, list(recipe.env.observation_space))
+    episodes = split_episodes(rows, list(recipe.env.observation_space))
     parent = path.parent.resolve()  # Minari doubles a relative one
     with (
         tempfile.TemporaryDirectory(dir=parent, prefix=".minari-") as root,
@@ -42,7 +42,7 @@ def write_minari(path: Path, rows: Rows, about: dict[str, Any]) -> None:
         Path(root, task).replace(path)
 
 
-def episodes_of(rows: Rows, keys: list[str]) -> list[Any]:
+def split_episodes(rows: Rows, keys: list[str]) -> list[Any]:
     """Minari's EpisodeBuffer of each episode; `keys` are those of an observation."""
     from minari.data_collector.episode_buffer import EpisodeBuffer
 

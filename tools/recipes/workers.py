@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from runs.errors import RunError
-from tools.recipes import recipe_of
+from tools.recipes import find_recipe
 from tools.recipes.common import Recipe, Rows
 
 _arguments: tuple[Any, ...]  # of the recipe, in each worker process
@@ -31,7 +31,7 @@ def _start_worker(*arguments: Any) -> None:
 @functools.cache
 def _recipe() -> Recipe:
     """The process's one recipe; made in the first rollout, so that errors reach the parent."""
-    return recipe_of(_arguments[0])(*_arguments)
+    return find_recipe(_arguments[0])(*_arguments)
 
 
 def _end_with_parent() -> None:
@@ -48,8 +48,8 @@ def rollouts(
 ) -> Iterator[Rows]:
     """Yield the rollouts 0, 1, 2, ... of `task` from `workers` processes.
 
-    They never end, unless they are made from `demonstrations`. Raises `InputError` where the task
-    cannot be made here, and `RunError` where a worker dies.
+    They never end, unless they are made from `demonstrations`. Raises `InputError` if the task
+    cannot be made here, and `RunError` if a worker dies.
     """
     for library in ("OMP", "OPENBLAS", "MKL"):  # the workers' matrices are too small for threads
         os.environ[f"{library}_NUM_THREADS"] = "1"

@@ -1,6 +1,6 @@
 """Writes files in D4RL's and OGBench's layouts.
 
-Each is made in memory first: HDF5 crashes on a full disk, and a file is written all at once.
+Each file is made in memory and then written at once, since HDF5 crashes on a full disk.
 """
 
 import io
