@@ -7,14 +7,14 @@ with one change. For each critic Q the objective is
     + alpha * ( logsumexp_a max(Q(s, a), V(s)) - Q(s, a_data) )
 
 where a runs over sampled actions, the max applies to the policy's actions only, and V(s) is the
-return-to-go of the behaviour policy that produced s. CQL pushes Q below the true returns. The max
-stops that push at a return that was really achieved, so Q keeps the scale of returns.
+return-to-go of the behaviour policy that produced s. CQL can push Q below the true returns. The
+max stops it at a return that was actually achieved, so Q keeps the scale of the returns.
 
     python cal_ql.py --config_path configs/quickstart.yaml
     python cal_ql.py --config_path configs/antmaze.yaml --env antmaze-large-play-v2 --seed 1
     python cal_ql.py --help
 
-`tasks` holds what the agent trains on, `runs` what surrounds a run: options, files, logs, signals.
+`tasks` holds environments and data, `runs` everything around a run: options, files, logs, signals.
 """
 
 import copy
@@ -50,21 +50,21 @@ Gradients = dict[str, tuple[Tensor, ...]]  # by loss, of the parameters it train
 # ---------------------------------------------------------------------------- options
 @dataclass
 class Config:
-    device: str = may_change("cuda", "device")  # Where the networks live: cuda, cuda:N, cpu or auto
+    device: str = may_change("cuda", "device")  # Of the networks: cuda, cuda:N, cpu or auto
     precision: Optional[str] = option(None, "precision")  # float32, tf32, bf16; null: tf32 on CUDA
     compile: Optional[bool] = may_change(None)  # torch.compile; null: unless offline steps are few
     env: str = "halfcheetah-medium-expert-v2"  # Task name
     seed: int = option(0, "seed")  # Seed of networks, batches and training episodes
-    eval_seed: int = option(0, "seed")  # Seed of the evaluation episodes, always the same ones
+    eval_seed: int = option(0, "seed")  # Seed of the evaluation episodes, the same each time
     eval_freq: int = may_change(5000, ">= 1")  # Steps between two evaluations
     n_episodes: int = may_change(10, ">= 1")  # Episodes per evaluation
-    eval_workers: Optional[int] = may_change(None, ">= 1")  # Processes for them; null: cores, to 8
+    eval_workers: Optional[int] = may_change(None, ">= 1")  # Their processes; null: cores, to 8
     offline_iterations: int = option(1_000_000, ">= 0")  # Updates in the offline phase
-    online_iterations: int = may_change(1_000_000, ">= 0")  # Environment steps, the online phase
+    online_iterations: int = may_change(1_000_000, ">= 0")  # Environment steps in the online phase
     checkpoints_path: Optional[FilePath] = may_change(None, "path")  # Parent of run folders
     checkpoint_freq: Optional[int] = may_change(None, ">= 1")  # Steps between saves; null eval_freq
     resume: bool = may_change(True)  # Continue the run in checkpoints_path; false refuses to
-    load_model: FilePath = ""  # Checkpoint with the networks and scaling that a new run starts from
+    load_model: FilePath = ""  # Checkpoint from which a new run takes networks and scaling
 
     buffer_size: int = option(2_000_000, ">= 1")  # Transitions that each replay buffer can hold
     batch_size: int = option(256, ">= 1")  # Transitions per update
@@ -74,10 +74,9 @@ class Config:
     backup_entropy: bool = False  # Subtract the entropy term from the TD target
     policy_lr: float = option(3e-5, "> 0")  # Learning rate of the actor and the temperature
     qf_lr: float = option(3e-4, "> 0")  # Learning rate of critics and Lagrange multiplier
-    soft_target_update_rate: float = option(5e-3, "0 to 1")  # Rate at which the targets follow
-    bc_steps: int = option(0, ">= 0")  # First updates, in which the actor clones the data
+    soft_target_update_rate: float = option(5e-3, "0 to 1")  # Rate of the target update, tau
+    bc_steps: int = option(0, ">= 0")  # First updates in which the actor clones data
     bc_weight: float = option(0.0, ">= 0")  # Weight of cloning offline data, in the actor's loss
-    bc_weight_online: Optional[float] = option(None, ">= 0")  # In the online phase; null: as before
     target_entropy: Optional[float] = option(None, "finite")  # Of the policy; null: -action size
     target_update_period: int = option(1, ">= 1")  # Updates between target updates
     actor_update_period: int = option(1, ">= 1")  # Online updates between two of the actor
@@ -87,12 +86,12 @@ class Config:
     cql_n_actions: int = option(10, ">= 1")  # Actions per state and kind: random, pi(s), pi(s')
     cql_importance_sample: bool = True  # Weight the sampled actions by their inverse density
     cql_lagrange: bool = False  # Tune the regularizer's weight by a Lagrange multiplier
-    cql_target_action_gap: float = option(-1.0, "finite")  # CQL difference that it aims at
+    cql_target_action_gap: float = option(-1.0, "finite")  # CQL difference it aims at
     cql_temp: float = option(1.0, "> 0")  # Temperature of the logsumexp
     cql_max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions
     cql_clip_diff_min: float = option(-math.inf, "< inf")  # Lower clip of the CQL difference
     cql_clip_diff_max: float = math.inf  # Upper clip of the CQL difference
-    calibrate: bool = True  # Policy actions' Q is at least the return-to-go; false is plain CQL
+    calibrate: bool = True  # Bound policy actions' Q by the return-to-go; false: plain CQL
     calibrate_online: bool = True  # Calibrate in the online phase too; false is what CORL does
 
     orthogonal_init: bool = True  # Orthogonal initialisation of the networks
@@ -129,13 +128,13 @@ class Config:
 
 # ---------------------------------------------------------------------------- networks
 class Batch(NamedTuple):
-    """Transitions, as torch tensors or numpy arrays. S and A are the sizes of the two spaces."""
+    """Transitions: torch tensors or numpy arrays, of S observation and A action dimensions."""
 
     observations: Any  # [B, S]
     actions: Any  # [B, A], in [-1, 1]
     rewards: Any  # [B], scaled and shifted
     next_observations: Any  # [B, S]
-    terminals: Any  # [B], 1 where the episode terminated; a time limit's truncation is no terminal
+    terminals: Any  # [B], 1 if the episode terminated; a truncation by a time limit is not terminal
     returns_to_go: Any  # [B], discounted
 
 
@@ -187,7 +186,7 @@ class Critic(nn.Module):
 
     def q_values(self, observations: Tensor, actions: Tensor) -> Tensor:
         batch_size, n_actions, action_dim = actions.shape
-        # the first layer is linear in (s, a): its share of s is computed once per state
+        # the first layer is linear in (s, a), so its s part is computed once per state
         state_weight, action_weight = self.weights[0].split([self.observation_dim, action_dim], 1)
         x = torch.matmul(actions.flatten(0, 1), action_weight)
         x = x.unflatten(1, (batch_size, n_actions))  # [C, B, N, hidden]
@@ -208,7 +207,7 @@ class Critic(nn.Module):
 
 
 class Gaussian(NamedTuple):
-    """The policy's distributions before the tanh, one per observation."""
+    """The policy's Gaussian before the tanh, for each observation."""
 
     mean: Tensor  # [B, A]
     log_std: Tensor  # [B, A]
@@ -238,7 +237,7 @@ class Actor(nn.Module):
 
 
 class Sample(NamedTuple):
-    """Actions of the policy, N per observation (or one: then without that axis)."""
+    """Actions of the policy, N per observation; without that axis if there is one."""
 
     actions: Tensor  # [B, N, A]
     log_density: Tensor  # [B, N]
@@ -253,7 +252,7 @@ def sample_actions(policy: Gaussian, noise: Tensor) -> Sample:
 
 
 def action_log_density(policy: Gaussian, actions: Tensor) -> Tensor:
-    """Log-density [B] of given actions [B, A], kept off the edge, where it is infinite."""
+    """Log-density [B] of given actions [B, A], clipped inside (-1, 1), where it is finite."""
     pre_tanh = torch.atanh(actions.clamp(-1.0 + 1e-6, 1.0 - 1e-6))
     noise = (pre_tanh - policy.mean) * torch.exp(-policy.log_std)
     return squashed_log_density(pre_tanh, noise, policy.log_std)
@@ -268,7 +267,7 @@ def squashed_log_density(pre_tanh: Tensor, noise: Tensor, log_std: Tensor) -> Te
 
 # ---------------------------------------------------------------------------- losses and agent
 class Noise(NamedTuple):
-    """All that is random in an update: standard normal, but for the last two."""
+    """All random numbers of an update: standard normal, except the last two."""
 
     policy: Tensor  # [B, A], action of the actor's loss
     current: Tensor  # [B, N, A], policy actions at s in the CQL term
@@ -279,13 +278,12 @@ class Noise(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """All that the losses of an update depend on besides data and noise."""
+    """What the losses of an update depend on besides data and noise."""
 
     cql_alpha: float  # weight of the regularizer; at 0 its actions are not even sampled: N = 0
     calibrated: bool
     cloning: bool  # the actor clones the data instead of maximising Q
     trains_actor: bool  # and the temperature
-    bc_weight: float
     n_cloned: int  # rows that bc_weight applies to: the batch's first ones, its offline data
 
 
@@ -309,7 +307,7 @@ class Agent(nn.Module):
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))  # Lagrange multiplier
         self.to(device)
         self.updates = 0
-        self.learned = {  # by the name of the loss that trains it
+        self.learned = {  # parameters, by the name of the loss that trains them
             "critic": list(self.critic.parameters()),
             "actor": list(self.actor.parameters()),
             "alpha": [self.log_alpha],
@@ -317,10 +315,10 @@ class Agent(nn.Module):
         }
         rates = [config.qf_lr, config.policy_lr, config.policy_lr, config.qf_lr]
         groups = [{"params": p, "lr": lr} for p, lr in zip(self.learned.values(), rates)]
-        on_cuda = device.type == "cuda"  # there the optimizer counts its steps on the device
+        on_cuda = device.type == "cuda"  # then the optimizer keeps its step count on the device
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=on_cuda)
-        compiles = machine.compiles(config.compile, config.offline_iterations)
-        self.compute = machine.Compiled(self.gradients) if compiles else self.gradients
+        is_compiled = machine.should_compile(config.compile, config.offline_iterations)
+        self.graph = machine.Compiled(self.gradients) if is_compiled else None
 
     def critic_loss(
         self,
@@ -384,17 +382,15 @@ class Agent(nn.Module):
     def td_target(
         self, batch: Batch, next_sample: Sample, target_critics: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """TD targets [B], and the values [B] of the best next actions, which they bootstrap.
+        """TD targets [B], and the values [B] of the best next actions, from which they bootstrap.
 
         A value is the least of all target critics, or of those drawn (REDQ, arXiv 2101.05982).
         """
-        critic = self.target_critic
-        inputs = batch.next_observations, next_sample.actions
+        critic, drawn = self.target_critic, {}
         if self.config.n_target_critics:  # the others are not even computed
             drawn = {name: p[target_critics] for name, p in critic.named_parameters()}
-            next_qs = torch.func.functional_call(critic, drawn, inputs)
-        else:
-            next_qs = critic(*inputs)  # [C, B, N]
+        inputs = batch.next_observations, next_sample.actions
+        next_qs = torch.func.functional_call(critic, drawn, inputs)  # [C, B, N]
         next_q, best = next_qs.amin(0).max(-1)  # [B]
         if self.config.backup_entropy:
             log_density = next_sample.log_density.gather(-1, best[:, None])[:, 0]
@@ -404,7 +400,7 @@ class Agent(nn.Module):
 
     @property
     def alpha(self) -> Tensor:
-        """The entropy temperature, a constant in the losses that use it."""
+        """The entropy temperature, without a gradient."""
         return self.config.alpha_multiplier * self.log_alpha.detach().exp()
 
     @property
@@ -424,7 +420,7 @@ class Agent(nn.Module):
     ) -> tuple[Tensor, Scalars]:
         """mean(alpha * log pi(a|s) - min_i Q_i(s, a)) for one action a of the policy per state.
 
-        While cloning, the log-density of the data's actions stands in for Q. bc_weight adds
+        While cloning, the log-density of the data's actions replaces Q. bc_weight adds
         bc_weight * mean(-log pi(a_data|s)) over the offline rows.
         """
         if phase.cloning:
@@ -437,7 +433,7 @@ class Agent(nn.Module):
         if phase.n_cloned:
             offline = Gaussian(*(part[: phase.n_cloned] for part in policy))
             bc_loss = -action_log_density(offline, batch.actions[: phase.n_cloned]).mean()
-            loss = loss + phase.bc_weight * bc_loss
+            loss = loss + self.config.bc_weight * bc_loss
             metrics["bc_loss"] = bc_loss
         return loss, {"policy_loss": loss, **metrics}
 
@@ -449,7 +445,7 @@ class Agent(nn.Module):
 
     def losses(self, batch: Batch, noise: Noise, phase: Phase) -> tuple[Scalars, Scalars]:
         """All losses, by the name of what each trains, and all metrics of an update."""
-        policy = self.actor(batch.observations)  # one pass serves all the actions sampled in s
+        policy = self.actor(batch.observations)  # one pass for all actions sampled in s
         sample = sample_actions(policy, noise.policy)
         with torch.no_grad():
             next_policy = self.actor(batch.next_observations)
@@ -481,8 +477,8 @@ class Agent(nn.Module):
     def gradients(self, *args: Any) -> tuple[Gradients, Scalars]:
         """For the arguments of `losses`, the gradients of what each loss trains, and the metrics.
 
-        A function of tensors, which one captured graph can hold: nothing here waits for the
-        device, metrics stay there, and no branch looks at a tensor's value.
+        A function of tensors that fits in one captured graph: nothing waits for the device,
+        metrics stay there, and no branch depends on a tensor's value.
         """
         losses, metrics = self.losses(*args)
         gradients = {
@@ -510,25 +506,21 @@ class Agent(nn.Module):
         """That of the next update."""
         config = self.config
         number = self.updates - config.offline_iterations + 1  # of an online update
-        only_offline = not online or config.bc_weight_online is None
-        bc_weight = config.bc_weight if only_offline else config.bc_weight_online
         return Phase(
             cql_alpha=config.cql_alpha_online if online else config.cql_alpha,
             calibrated=config.calibrate and (config.calibrate_online or not online),
             cloning=self.updates < config.bc_steps,
             trains_actor=not online or number % config.actor_update_period == 0,
-            bc_weight=bc_weight,
-            n_cloned=config.n_offline(online) if bc_weight else 0,
+            n_cloned=config.n_offline(online) if config.bc_weight else 0,
         )
 
-    def compute_gradients(self, batch: Batch, online: bool) -> tuple[Gradients, Scalars]:
-        """`gradients` of a batch with new noise, compiled if that is on."""
-        phase = self.phase(online)
-        return self.compute(batch, self.draw_noise(phase), phase)
+    def compute_gradients(self, batch: Batch, phase: Phase) -> tuple[Gradients, Scalars]:
+        """`gradients` of a batch with new noise, compiled if that is enabled."""
+        return (self.graph or self.gradients)(batch, self.draw_noise(phase), phase)
 
     def update(self, batch: Batch, online: bool) -> Scalars:
-        """One gradient step: all gradients at the same parameters, then all of these move."""
-        gradients, metrics = self.compute_gradients(batch, online)
+        """One gradient step: all gradients at the same parameters, then these are all updated."""
+        gradients, metrics = self.compute_gradients(batch, self.phase(online))
         for name, values in gradients.items():
             for parameter, gradient in zip(self.learned[name], values):
                 parameter.grad = gradient
@@ -541,16 +533,18 @@ class Agent(nn.Module):
                 torch._foreach_lerp_(*map(list, critics), self.config.soft_target_update_rate)
         return metrics
 
-    def needs_compiling(self, online: bool) -> bool:
-        """Whether the next update begins with half a minute of compiling."""
-        is_compiled = isinstance(self.compute, machine.Compiled)
-        return is_compiled and not self.compute.is_ready(self.phase(online))
+    def phases_to_compile(self, online: bool) -> set[Phase]:
+        """Those of the next step's updates that would begin with half a minute of compiling."""
+        phase = self.phase(online)
+        both = {phase._replace(trains_actor=trains) for trains in (False, True)}
+        phases = both if online and self.config.actor_update_period > 1 else {phase}
+        return {phase for phase in phases if self.graph and not self.graph.is_ready(phase)}
 
     def load_networks(self, checkpoint: dict[str, Any]) -> None:
         """Load networks, temperatures and, if the checkpoint has it, the optimizer's state."""
         self.load_state_dict(checkpoint["agent"])
         if "optimizer" in checkpoint:
-            own = self.optimizer.state_dict()  # this run's learning rates stay
+            own = self.optimizer.state_dict()  # keep this run's learning rates
             self.optimizer.load_state_dict({**own, "state": checkpoint["optimizer"]["state"]})
 
 
@@ -579,10 +573,10 @@ def return_to_go(
     """Discounted sum of rewards from each row to the end of its episode: the paper's V(s).
 
     `rewards` [N] are scaled and shifted; `ends` [N] is true in the last row of each episode. In
-    sparse tasks, `failure_reward` is the most that a step without success yields. An episode with
+    sparse tasks, `failure_reward` is the largest reward of a step without success. An episode with
     no larger reward has failed and is treated as failing forever: mean reward / (1 - discount).
 
-    Returns [N] float32. Where a time limit cut a dense episode, a negative sum is too high a bound.
+    Returns [N] float32. If a time limit cut a dense episode, a negative sum is too high a bound.
     """
     sums = np.empty(len(rewards))
     future = 0.0
@@ -600,7 +594,7 @@ def return_to_go(
 
 # ---------------------------------------------------------------------------- data
 class Scaling(NamedTuple):
-    """From the task's observations and rewards to those that the networks see, in both phases."""
+    """Scales the task's observations and rewards for the networks, in both phases."""
 
     observation_mean: Array  # [S]
     observation_std: Array  # [S]
@@ -611,7 +605,7 @@ class Scaling(NamedTuple):
         return (observation - self.observation_mean) / self.observation_std
 
     def reward(self, reward: Any) -> Any:
-        """In float32 throughout, so that equal rewards stay equal."""
+        """In float32, so that equal rewards stay equal."""
         return np.float32(reward) * np.float32(self.reward_scale) + np.float32(self.reward_bias)
 
 
@@ -632,8 +626,8 @@ def make_scaling(rows: dict[str, Array], ends: Array, config: Config, task: Task
 class Dataset(NamedTuple):
     """The offline data on the training device, sampled uniformly with replacement."""
 
-    rows: Batch  # tensors [N, ...], with the last rows of cut episodes, which are no transitions
-    transitions: Tensor  # [n] int, the rows that are
+    rows: Batch  # tensors [N, ...], also the last rows of cut episodes, which are not transitions
+    transitions: Tensor  # [n] int, indices of the rows that are
     n_episodes: int
     scaling: Scaling
     failure_reward: Optional[float]  # for `return_to_go`, scaled; None in dense tasks
@@ -649,9 +643,9 @@ def load_dataset(
 ) -> Dataset:
     """The transitions of the file at `path`, scaled, with their returns-to-go.
 
-    The last row of a truncated episode has no next observation, so it is no transition, but its
-    reward counts in the return-to-go of the rows before. `known_scaling` holds a checkpoint's mean
-    and deviation of observations. Raises `InputError` for bad files, options and large values.
+    The last row of a truncated episode has no next observation, so it is not a transition. Its
+    reward still counts in the return-to-go of the rows before. `known_scaling` holds a checkpoint's
+    mean and deviation of observations. Raises `InputError` for bad files, options and large values.
     """
     if config.is_sparse_reward and task.failure_reward is None:
         raise InputError(f"is_sparse_reward: found true, expected false: {config.env} is dense")
@@ -669,7 +663,7 @@ def load_dataset(
         failure = float(scaling.reward(task.failure_reward)) if config.is_sparse_reward else None
         rows["rewards"] = scaling.reward(rows["rewards"])
         rows["returns_to_go"] = return_to_go(rows["rewards"], ends, config.discount, failure)
-        # one observation more, so that the next ones are a view: none is stored twice
+        # one more observation, so that the next ones are a view and not stored twice
         padded = np.append(rows["observations"], rows["observations"][-1:], 0)
         rows["observations"] = scaling.observation(padded)
         if "next_observations" in rows:
@@ -685,7 +679,7 @@ def load_dataset(
 
 
 class OnlineBuffer:
-    """A ring of the transitions of ended episodes, no larger than the run can fill."""
+    """A ring buffer of the transitions of ended episodes, no larger than the run can fill."""
 
     def __init__(self, config: Config, task: Task, device: torch.device):
         self.capacity = min(config.buffer_size, config.online_iterations + task.max_episode_steps)
@@ -695,7 +689,7 @@ class OnlineBuffer:
         self.n_added = 0  # transitions
 
     def add(self, transitions: Batch) -> None:
-        """Store transitions, numpy arrays [n, ...], over the oldest."""
+        """Store transitions, numpy arrays [n, ...]; a full buffer overwrites the oldest."""
         kept = min(len(transitions.rewards), self.capacity)
         self.n_added += len(transitions.rewards)
         device = self.rows.rewards.device
@@ -728,12 +722,12 @@ def episode_seed(seed: int, purpose: str, number: int) -> int:
 
 
 @torch.no_grad()
-@machine.one_thread()  # more gain nothing here, and would spin on other workers' cores
+@machine.one_thread()  # more would not be faster, and spin on other workers' cores
 @machine.cpu_products("ieee")  # whatever `precision` says of updates
 def play_episode(task: Task, seed: int, actor: Actor, scaling: Scaling, explore: bool) -> Episode:
-    """Play the episode of `seed`: by samples of a policy on the CPU, or by its mean actions.
+    """Play the episode of this seed on the CPU, with sampled actions or with the mean actions.
 
-    A function of its arguments only. Raises `RunError` where the simulator fails or is not finite.
+    Depends on its arguments only. Raises `RunError` if the simulator fails or is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     observations = []
@@ -783,21 +777,21 @@ def to_transitions(episode: Episode, dataset: Dataset, discount: float) -> Batch
 # ---------------------------------------------------------------------------- training
 @dataclass
 class Progress:
-    """How far a run has come; a checkpoint holds it whole."""
+    """How far a run has come; each checkpoint stores it."""
 
     step: int = 0  # updates in the offline phase, then environment steps
-    steps_owed: int = 0  # steps of the last online episode that are not learned from yet
+    steps_owed: int = 0  # steps of the last online episode still without updates
     episodes: int = 0  # online episodes
     failures: int = 0  # those of them without success
     evaluated_at: int = -1  # step of the last evaluation
-    evaluations: int = 0  # those of the online phase, at multiples of eval_freq
+    evaluations: int = 0  # of the online phase, at multiples of eval_freq
     successes: float = 0.0  # sum of their success rates
     warmup_end: int = 0  # step after which updates are made
 
 
 @dataclass
 class Run:
-    """All that a run's future depends on."""
+    """Everything that determines how a run continues."""
 
     config: Config
     task: Task
@@ -808,10 +802,10 @@ class Run:
     workers: Workers  # they play evaluation episodes
     metrics: MeanMetrics = field(default_factory=MeanMetrics)
     progress: Progress = field(default_factory=Progress)
-    saved_at: Progress = field(default_factory=Progress)  # that of the newest checkpoint
+    saved_at: Progress = field(default_factory=Progress)  # progress at the newest checkpoint
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Continue where the checkpoint stands; the agent has taken its networks already."""
+        """Continue from the checkpoint, whose networks the agent has already loaded."""
         self.progress = Progress(**saved["counts"])
         self.saved_at = replace(self.progress)
         done = self.progress.step - self.config.offline_iterations
@@ -825,7 +819,7 @@ class Run:
         machine.set_random_states(saved["random_states"])
 
     def save(self) -> None:
-        """Write a checkpoint, but never of a broken run."""
+        """Write a checkpoint, unless a metric is not finite."""
         self.metrics.check()
         if not self.directory:
             return
@@ -881,7 +875,7 @@ class Run:
         progress.episodes += 1
         progress.failures += not episode.success
         progress.steps_owed = len(episode.rewards)
-        if progress.step - self.config.offline_iterations < self.config.warmup_steps:
+        if 0 <= progress.step - self.config.offline_iterations < self.config.warmup_steps:
             progress.warmup_end = progress.step + len(episode.rewards)
         transitions = to_transitions(episode, self.dataset, self.config.discount)
         self.online.add(transitions)
@@ -917,9 +911,9 @@ class Run:
 
 
 def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> Run:
-    """A new run, or the one in the directory where its last good checkpoint stands.
+    """A new run, or the directory's run from its last valid checkpoint.
 
-    A new run starts with what `load_model` names. Raises `InputError` for wrong options and data.
+    A new run may start from the checkpoint `load_model`. Raises `InputError` for wrong input.
     """
     device = machine.resolve_device(config.device, config.precision)
     needed = machine.memory_needed(config, task.observation_dim, task.action_dim)
@@ -928,7 +922,7 @@ def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> R
     torch.manual_seed(config.seed)
     agent = Agent(task.observation_dim, task.action_dim, config, device)
     form = run_form(agent.state_dict(), agent.optimizer, task.observation_dim, vars(Progress()))
-    saved = directory.load(device, form, identity(config)) if directory else None
+    saved = directory.load(device, form, identify(config)) if directory else None
     model = saved
     if config.load_model and not saved:
         model = load_model(Path(config.load_model), device, form, vars(config), NETWORKS)
@@ -958,7 +952,7 @@ def train_step(run: Run, online: bool) -> None:
 
 
 def evaluate_and_save(run: Run, log: Log, stop: StopSignals) -> None:
-    """Evaluate and save where that is due at this step, and not done yet."""
+    """Evaluate and save if that is due at this step and not yet done."""
     config = run.config
     step = run.progress.step
     phase_ended = step in (config.offline_iterations, config.total_steps)
@@ -991,14 +985,14 @@ def train(run: Run, log: Log, stop: StopSignals) -> None:
         online = progress.step >= config.offline_iterations
         if online and progress.steps_owed == 0:
             log.write(progress.step, run.play(stop))
-        if run.agent.needs_compiling(online):  # on a batch that does not count
+        for phase in run.agent.phases_to_compile(online):  # on a batch that is not learned from
             with log.paused("compiling"), stop.at_once(), machine.kept_random_states():
-                run.agent.compute_gradients(run.sample(online), online)
+                run.agent.compute_gradients(run.sample(online), phase)
         train_step(run, online)
         log.advance()
         if progress.step % config.log_freq == 0 or progress.step == config.total_steps:
             log.write_means(progress.step, run.metrics)
-        if progress.step % config.log_freq == 0:  # at the end an extended run needs them
+        if progress.step % config.log_freq == 0:  # kept at the end, in case the run is extended
             run.metrics.reset()
 
 
@@ -1006,7 +1000,7 @@ def train(run: Run, log: Log, stop: StopSignals) -> None:
 NETWORKS = """env hidden_dim n_critics q_n_hidden_layers actor_n_hidden_layers
     critic_layer_norm actor_layer_norm"""
 SIZES = " batch_size cql_n_actions buffer_size online_iterations"  # which take memory, too
-# What must hold between options, and the same in words.
+# Conditions between options, and the same in words.
 RANGES: Ranges = [
     ("discount", lambda x, c: x < 1 or not c.is_sparse_reward, "below 1 for is_sparse_reward"),
     ("n_target_critics", lambda x, c: x is None or x <= c.n_critics, "n_critics or fewer"),
@@ -1020,20 +1014,15 @@ def parse_config(args: Optional[list[str]] = None) -> Config:
     return ConfigParser(Config, RANGES).parse_args(args)
 
 
-def identity(config: Config) -> dict[str, Any]:
-    """What makes two commands the same run: the options that change what is learned."""
-    return identify(config, config.dataset_path, config.env)
-
-
 def run_name(config: Config) -> str:
-    """Name of the run and its directory: equal for the same run, different for another."""
-    return name_run(f"{config.name}-{config.env}-seed{config.seed}", identity(config))
+    """Name of the run and its directory; the same options give the same name."""
+    return name_run(f"{config.name}-{config.env}-seed{config.seed}", identify(config))
 
 
 def main() -> None:
     """Start or resume the run of the command line's options.
 
-    Raises `InputError` for wrong input, which leaves nothing behind, `RunError` later, and `Stop`.
+    Raises `InputError` for wrong input, before anything is written; later `RunError` or `Stop`.
     """
     stop = StopSignals()
     with stop.at_once():
@@ -1050,10 +1039,12 @@ def main() -> None:
             train(run, log, stop)
             with stop.at_once():
                 log.close(patience=60.0)
+        if directory:
+            print(directory.closing_line())
     finally:
         run.workers.close()
         log.close(patience=1.0)  # when stopping there is no time to wait
 
 
 if __name__ == "__main__":
-    os._exit(run_program(main, "cal_ql.py", goes_on=True))  # an exit would wait for W&B's threads
+    os._exit(run_program(main, "cal_ql.py", goes_on=True))  # else W&B's threads are waited for

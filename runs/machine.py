@@ -215,7 +215,7 @@ def kept_random_states() -> Iterator[None]:
 WORTH_COMPILING = 5_000  # updates of the offline phase
 
 
-def compiles(wanted: Optional[bool], offline_updates: int) -> bool:
+def should_compile(wanted: Optional[bool], offline_updates: int) -> bool:
     """Whether to compile: as wanted, by default with a C++ compiler and if the run is not short.
 
     Runs with fewer offline updates than `WORTH_COMPILING` are short, but not those without any. The

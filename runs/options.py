@@ -84,7 +84,7 @@ def may_change(default: Any, values: str = "") -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def identify(config: Any, dataset: Optional[str], task: str) -> dict[str, Any]:
+def identify(config: Any) -> dict[str, Any]:
     """What makes two commands the same run: the options that may not change within a run.
 
     Only values other than the defaults count, so a new option does not rename old runs.
@@ -96,8 +96,8 @@ def identify(config: Any, dataset: Optional[str], task: str) -> dict[str, Any]:
         value = getattr(config, field.name)
         if "may_change" not in field.metadata and value != field.default:
             options[field.name] = value
-    if dataset is not None:
-        path = Path(dataset, task if "/" in task else "")
+    if config.dataset_path is not None:
+        path = Path(config.dataset_path, config.env if "/" in config.env else "")
         inside = [os.path.join(folder, f) for folder, _, files in os.walk(path) for f in files]
         sizes = [os.path.getsize(file) for file in (path, *inside) if os.path.isfile(file)]
         options["dataset_path"] = [path.name, sum(sizes)]

@@ -17,8 +17,8 @@ settings.load_profile("tests")
 
 pytest.register_assert_rewrite("helpers")  # a failure there also shows its values
 
-LONGEST = """test_resume test_ogbench test_update test_wandb test_sweeps test_minari test_adroit
-    test_make_dataset test_d4rl_compat test_locomotion test_evaluation test_tools
+LONGEST = """test_resume test_ogbench test_update test_methods test_wandb test_sweeps test_minari
+    test_adroit test_make_dataset test_d4rl_compat test_locomotion test_evaluation test_tools
     test_cli""".split()
 
 

@@ -355,7 +355,7 @@ def make_batch(seed: int = 0) -> Batch:
 def make_phase(**changed: Any) -> Phase:
     """That of an offline update in which everything is trained; `changed` replaces its fields."""
     phase = dict(cql_alpha=5.0, calibrated=True, cloning=False, trains_actor=True)
-    return Phase(**phase | dict(bc_weight=0.0, n_cloned=0) | changed)
+    return Phase(**phase | dict(n_cloned=0) | changed)
 
 
 def make_noise(config: Config, seed: int = 0, n: int = N) -> Noise:

@@ -68,7 +68,7 @@ DEFAULTS = yaml.safe_load("""{
     critic_layer_norm: false, reward_scale: 1.0, reward_bias: 0.0, is_sparse_reward: false,
     mixing_ratio: 0.5, online_utd_ratio: 1, dataset_path: null, n_critics: 2,
     n_target_critics: null, actor_update_period: 1, warmup_steps: 0, target_entropy: null,
-    actor_layer_norm: false, bc_weight: 0.0, bc_weight_online: null,
+    actor_layer_norm: false, bc_weight: 0.0,
     log_freq: 1000, project: CORL, group: Cal-QL-D4RL, name: Cal-QL}""")
 
 CORL = yaml.safe_load("""{
@@ -246,7 +246,6 @@ BAD_OPTIONS = {
     "--warmup_steps -1": "warmup_steps: found",
     "--target_entropy .inf": "target_entropy: found",
     "--bc_weight -1": "bc_weight: found",
-    "--bc_weight_online -1": "bc_weight_online: found",
     "--config_path nowhere.yaml": "nowhere.yaml",
     "--config_path .": "config_path",
     "--config_path=": "config_path",

@@ -113,7 +113,7 @@ def updates(agent: Agent, count: int, online: bool) -> list[dict[str, Tensor]]:
         batch = Batch(*(column.to(agent.device) for column in make_batch(number)))
         noise = Noise(*(draw.to(agent.device) for draw in make_noise(agent, number, online)))
         agent.draw_noise = lambda phase, noise=noise: noise
-        gradients, _ = agent.compute_gradients(batch, online)
+        gradients, _ = agent.compute_gradients(batch, agent.phase(online))
         results.append({k: v.clone() for k, v in flatten_gradients(gradients).items()})
         agent.update(batch, online)
         del agent.draw_noise
@@ -220,7 +220,7 @@ def test_compiled_updates_are_the_eager_ones_and_neither_waits(options, phases, 
             with waiting_raises():
                 train_steps(run, range(6, 10), online)
     assert eager.agent.updates == compiled.agent.updates == 10 * len(phases)
-    assert compiled.agent.compute.compiled  # and not given up
+    assert compiled.agent.graph.compiled  # and not given up
     if ON_CUDA:
         assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     expected = eager.metrics.means()

@@ -46,13 +46,13 @@ PHASES = {
         NO_REGULARIZER | dict(calibrated=False),
     ),
     "no regularizer, actor waits": ({}, NO_REGULARIZER | dict(trains_actor=False)),
-    "behaviour cloning": ({}, dict(bc_weight=0.7, n_cloned=B)),
+    "behaviour cloning": (dict(bc_weight=0.7), dict(n_cloned=B)),
     "behaviour cloning of offline rows": (
-        dict(use_automatic_entropy_tuning=False, alpha_multiplier=0.7),
-        NO_REGULARIZER | dict(bc_weight=2.0, n_cloned=B // 2),
+        dict(use_automatic_entropy_tuning=False, alpha_multiplier=0.7, bc_weight=2.0),
+        NO_REGULARIZER | dict(n_cloned=B // 2),
     ),
-    "behaviour cloning without offline rows": ({}, dict(bc_weight=0.7, n_cloned=0)),
-    "behaviour cloning while cloning": ({}, dict(cloning=True, bc_weight=0.7, n_cloned=B)),
+    "behaviour cloning without offline rows": (dict(bc_weight=0.7), dict(n_cloned=0)),
+    "behaviour cloning while cloning": (dict(bc_weight=0.7), dict(cloning=True, n_cloned=B)),
 }
 
 
@@ -200,7 +200,7 @@ class Formulas:
         offline = [*zip(self.batch.observations, self.batch.actions)][: self.phase.n_cloned]
         for state, data_action in offline:
             log_density = self.data_log_density(state, data_action)
-            total -= self.phase.bc_weight * log_density / len(offline)
+            total -= self.config.bc_weight * log_density / len(offline)
         return total
 
     def data_log_density(self, state, action) -> float:
@@ -296,10 +296,12 @@ def test_gradients_lie_in_memory_as_their_parameters(options, changed):
         assert strides == [parameter.stride() for parameter in agent.learned[loss]], loss
 
 
-@pytest.mark.parametrize("changed", [{}, dict(cloning=True), dict(bc_weight=0.7, n_cloned=B)])
+@pytest.mark.parametrize("changed", [{}, dict(cloning=True), dict(n_cloned=B)])
 def test_no_loss_reaches_what_it_does_not_train(changed):
     """The policy's loss reaches the critics, on which it is built, but no optimizer takes that."""
-    agent, *arguments = make_update(dict(cql_lagrange=True, backup_entropy=True), changed)
+    agent, *arguments = make_update(
+        dict(cql_lagrange=True, backup_entropy=True, bc_weight=0.7), changed
+    )
     losses, _ = agent.losses(*arguments)
     for loss in losses:
         trained = trained_by(agent, loss)

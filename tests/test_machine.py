@@ -10,7 +10,7 @@ import torch
 
 from runs import machine
 from runs.errors import InputError
-from runs.machine import available_cores, compiles, core_limit, memory_limit
+from runs.machine import available_cores, core_limit, memory_limit, should_compile
 
 GB = 2**30
 NONE_IN_V1 = 9223372036854771712  # what version 1 writes for no limit
@@ -114,7 +114,7 @@ def test_runs_are_compiled_unless_the_offline_phase_is_short(
     wanted, compiler, updates, expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
-    assert compiles(wanted, updates) == expected
+    assert should_compile(wanted, updates) == expected
 
 
 # ---------------------------------------------------------------------------- precision

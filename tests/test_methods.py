@@ -177,7 +177,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         (dict(n_critics=10), {}, 10 + 10 + 10),
         (dict(n_critics=10, n_target_critics=2), {}, 10 + 10 + 2),
         (dict(n_critics=10, n_target_critics=1), dict(trains_actor=False), 10 + 1),
-        ({}, dict(cloning=True, bc_weight=1.0), 2 + 2),
+        (dict(bc_weight=1.0), dict(cloning=True, n_cloned=B), 2 + 2),
     ],
 )
 def test_no_more_q_values_are_computed_than_an_update_needs(options, changed, expected, evaluated):
@@ -193,18 +193,14 @@ def test_no_more_q_values_are_computed_than_an_update_needs(options, changed, ex
 def test_a_phase_is_what_the_options_say_of_it():
     options = dict(cql_alpha=5.0, cql_alpha_online=0.0, calibrate_online=False, bc_steps=1)
     agent = make_agent(**options, bc_weight=0.7, mixing_ratio=0.4, offline_iterations=0)
-    assert agent.phase(online=False) == Phase(5.0, True, True, True, 0.7, B)
-    assert agent.phase(online=True) == Phase(0.0, False, True, True, 0.7, int(B * 0.4))
+    assert agent.phase(online=False) == Phase(5.0, True, True, True, B)
+    assert agent.phase(online=True) == Phase(0.0, False, True, True, int(B * 0.4))
     agent.updates = 1
-    assert agent.phase(online=False) == Phase(5.0, True, False, True, 0.7, B)
-    agent.config.bc_weight_online = 0.2
-    assert agent.phase(online=False).bc_weight == 0.7
-    assert agent.phase(online=True).bc_weight == 0.2
+    assert agent.phase(online=False) == Phase(5.0, True, False, True, B)
 
 
-@pytest.mark.parametrize("weights", [dict(bc_weight=0.7), dict(bc_weight_online=0.7)])
-def test_an_online_batch_without_offline_rows_clones_nothing(weights):
-    agent = make_agent(**weights, mixing_ratio=0.0, offline_iterations=0)
+def test_an_online_batch_without_offline_rows_clones_nothing():
+    agent = make_agent(bc_weight=0.7, mixing_ratio=0.0, offline_iterations=0)
     batch, noise = make_batch(), make_noise(agent.config)
     losses, metrics = agent.losses(batch, noise, agent.phase(online=True))
     plain = make_agent(offline_iterations=0)
@@ -216,12 +212,12 @@ def test_an_online_batch_without_offline_rows_clones_nothing(weights):
 
 def test_the_cloned_rows_are_the_datas_own(monkeypatch: pytest.MonkeyPatch):
     """Their mean log-density is logged; the online rows of a batch have no part in it."""
-    agent, batch = make_agent(bc_weight=0.0, bc_weight_online=0.3), make_batch()
+    agent, batch = make_agent(bc_weight=0.3), make_batch()
     policy = pi(agent, batch.observations)
     expected = -policy.log_prob(batch.actions.clamp(-1 + 1e-6, 1 - 1e-6))
     noise = make_noise(agent.config)
     _, metrics = agent.losses(batch, noise, agent.phase(online=False))
-    assert "bc_loss" not in metrics
+    assert metrics["bc_loss"].item() == pytest.approx(expected.mean().item())
     _, metrics = agent.losses(batch, noise, agent.phase(online=True))
     assert metrics["bc_loss"].item() == pytest.approx(expected[: B // 2].mean().item())
 
@@ -425,7 +421,7 @@ def test_each_kind_of_update_is_compiled_where_a_signal_ends_the_run_at_once(
     monkeypatch.setattr(machine.Compiled, "__call__", call_it)
     options = [*RUN, *"--compile true --checkpoints_path null --env maze2d-open-v0".split()]
     options += "--offline_iterations 2 --online_iterations 2 --actor_update_period 2".split()
-    assert call(*options, "--online_utd_ratio", 2).returncode == 0
+    assert call(*options, "--online_utd_ratio", 2, "--cql_alpha_online", 1).returncode == 0
     assert moments == [True] * 3  # offline; online without the actor, and with it
 
 

@@ -129,7 +129,7 @@ def new_agents(subject: Subject) -> dict[str, cal_ql.Agent]:
 
 def is_compiled(agent: cal_ql.Agent) -> bool:
     """Whether its updates are, or will be, compiled; false after compiling has failed."""
-    return isinstance(agent.compute, machine.Compiled) and agent.compute.compiled is not None
+    return agent.graph is not None and agent.graph.compiled is not None
 
 
 def make_variants(subject: Subject, batch: cal_ql.Batch, precision: str) -> Iterable[Variant]:
