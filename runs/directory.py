@@ -454,7 +454,7 @@ def check_form(state: Any, form: Any, path: Path, option: str = "") -> None:
     try:
         compare(state, form, [])
     except FormError as error:
-        raise InputError(f"{prefix}{path} does not fit this run ({error})") from None
+        raise InputError(f"{prefix}{path} is not a checkpoint for this run ({error})") from None
 
 
 def run_form(

@@ -213,7 +213,7 @@ def check_values(config: Any, kinds: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------- files
 
 
-def text_of(name: str, node: yaml.Node) -> Optional[str]:
+def node_text(name: str, node: yaml.Node) -> Optional[str]:
     """The value of a YAML node, as it is written; raises ValueError if it is not one text."""
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError(f"{name}: found a {node.id}, expected one value")
@@ -235,7 +235,7 @@ def read_config_file(path: str) -> dict[str, Optional[str]]:
             name = str(key.value)
             if name in options:  # YAML would silently take the last
                 raise ValueError(f"{name} is given twice")
-            options[name] = text_of(name, node)
+            options[name] = node_text(name, node)
         return options
     except (OSError, MemoryError, RecursionError, yaml.YAMLError, ValueError) as error:
         expected = f"expected a YAML file of options ({describe(error)})"

@@ -420,7 +420,7 @@ def test_a_form_names_the_place_what_is_there_and_what_should_be(
     check_form(GOOD, NESTED, Path("x.pt"))
     with pytest.raises(InputError) as error:
         check_form(GOOD | change, NESTED, Path("x.pt"), "load_model")
-    assert str(error.value).startswith("load_model: x.pt does not fit this run (")
+    assert str(error.value).startswith("load_model: x.pt is not a checkpoint for this run (")
     assert problem in str(error.value)
 
 

@@ -147,7 +147,7 @@ def made_up(seed: int, scores: dict[int, float], switch: int = 20, method: str =
 
 def curves(*runs: report.Run) -> list[list[dict[float, float]]]:
     """Of each panel the lines, which map positions to scores."""
-    figure = report.draw_figure(report.groups_of([*runs]))
+    figure = report.draw_figure(report.group_runs([*runs]))
     return [[dict(line.get_xydata()) for line in axes.lines] for axes in figure.axes]
 
 
@@ -182,7 +182,7 @@ def test_the_legend_covers_no_panel_and_titles_do_not_meet(n_tasks, n_names):
     names = ["Cal-QL, " + "an_option: 1, " * 9, *(f"Cal-QL, cql_alpha {i}" for i in range(n_names))]
     tasks = [f"antmaze-large-navigate-singletask-task{i}-v0" for i in range(n_tasks)]
     runs = [made_up(0, {0: 0, 40: 1}, 20, *both) for both in itertools.product(names, tasks)]
-    figure = report.draw_figure(report.groups_of(runs))
+    figure = report.draw_figure(report.group_runs(runs))
     figure.draw_without_rendering()
     assert len(figure.axes) == n_tasks + (n_tasks > 1)
     whole, legend = figure.bbox, figure.legends[0].get_window_extent()
@@ -241,7 +241,7 @@ def test_values_are_drawn_below_the_scores_by_method(valued):
     older = write_run(valued[0].parent / "older", {0: 0, 20: 9, 40: 9}, seed=2)
     no_values = write_run(valued[0].parent / "no_values", {0: 0, 40: 9}, cql_alpha=1)
     runs, _ = report.read_all([*valued, older, no_values])
-    figure = report.draw_figure(report.groups_of(report.label_methods(runs)))
+    figure = report.draw_figure(report.group_runs(report.label_methods(runs)))
     scores, values, share = figure.axes
     lines = [dict(line.get_xydata()) for line in values.lines]
     assert lines[0] == pytest.approx({0: 3, 10: 10, 20: 6})  # Cal-QL, the data's actions
@@ -269,14 +269,14 @@ def test_a_csv_file_keeps_values_and_an_older_one_gives_scores_alone(valued, tmp
     rows = [[row[key] for key in report.COLUMNS] for row in found]
     old.write_text("\n".join(",".join(row) for row in [report.COLUMNS, *rows]))
     assert call(old) == (0, printed, [])
-    figure = report.draw_figure(report.groups_of(report.read_csv(old)))
+    figure = report.draw_figure(report.group_runs(report.read_csv(old)))
     assert len(figure.axes) == 1
 
 
 def test_values_and_marks_cover_nothing(valued, tmp_path):
     other = write_run(tmp_path / "other", {0: 0, 40: 5}, env=DOOR)
     runs, _ = report.read_all([*valued, other])
-    figure = report.draw_figure(report.groups_of(report.label_methods(runs)))
+    figure = report.draw_figure(report.group_runs(report.label_methods(runs)))
     figure.draw_without_rendering()
     assert len(figure.axes) == 1 + 3 + 1  # the task without values, the one with, both together
     boxes = [figure.legends[0].get_window_extent(), *(a.get_tightbbox() for a in figure.axes)]
@@ -318,7 +318,7 @@ def test_published_scores_are_a_row_and_marks_where_task_and_method_are_the_same
     others = published.read_published(published.DEFAULT)
 
     def marks(runs: list[report.Run]) -> list[tuple]:
-        axes = report.draw_figure(report.groups_of(runs), others).axes[0]
+        axes = report.draw_figure(report.group_runs(runs), others).axes[0]
         lines = [line for line in axes.lines if line.get_marker() == "D"]
         return [(*line.get_xydata()[0], line.get_markerfacecolor() == "white") for line in lines]
 
@@ -337,7 +337,7 @@ def test_corls_curves_are_drawn_behind(tmp_path):
     path = write_run(tmp_path / "a", {0: 0, 20: 10, 40: 50}, env=UMAZE)
     assert call(path, "--corl", file, "--output", tmp_path / "x.svg")[::2] == (0, [])
     runs = report.label_methods(report.read_run(path))
-    figure = report.draw_figure(report.groups_of(runs), [], published.read_corl(file))
+    figure = report.draw_figure(report.group_runs(runs), [], published.read_corl(file))
     own, *seeds = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
     assert dict(seeds[0].get_xydata()) == {-10: 1, 0: 2, 5: 3, 10: 4, 15: 5, 20: 6}
     assert len(seeds) == 2 and all(line.get_zorder() < own.get_zorder() for line in seeds)
@@ -536,7 +536,7 @@ def test_a_method_none_of_whose_runs_has_ended_is_dotted():
     (run, *_) = report.read_csv(ROOT / "results" / "first-runs.csv")
     ends = {"ended": run.steps[-1], "running": run.steps[-1] + 1}
     runs = [run._replace(task=task, end=end) for task, end in ends.items()]
-    figure = report.draw_figure(report.groups_of(runs))
+    figure = report.draw_figure(report.group_runs(runs))
     assert [axes.lines[0].get_linestyle() for axes in figure.axes] == ["-", ":"]
 
 

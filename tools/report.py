@@ -350,7 +350,7 @@ def counted(runs: list[Run]) -> list[Run]:
     return [run for run in runs if run.ended] or runs
 
 
-def groups_of(runs: list[Run]) -> dict[str, Group]:
+def group_runs(runs: list[Run]) -> dict[str, Group]:
     """Group the runs by what is shown together: each task, then all tasks.
 
     "All tasks" are those on which runs have ended. It has the methods that have ended on each of
@@ -475,7 +475,7 @@ def published_row(one: Published) -> list[str]:
     return [one.task, one.name, f"{one.seeds} seeds", steps, " → ".join(scores), *"–––", regret]
 
 
-def tables_of(groups: dict[str, Group], others: list[Published] = ()) -> list[list[list[str]]]:
+def make_tables(groups: dict[str, Group], others: list[Published] = ()) -> list[list[list[str]]]:
     """Two tables as rows of cells, the first row their header: scores and improvements."""
     scores = []
     for title, group in groups.items():
@@ -607,7 +607,7 @@ def draw_others(
                 axes.errorbar(length, one.score, one.error(one.deviation), **marks)
 
 
-def legend_of(
+def legend_labels(
     groups: dict[str, Group], styles: dict[str, dict], others: list[Published], curves: Curves
 ) -> dict[str, Line2D]:
     """What the legend shows, by its label."""
@@ -635,7 +635,7 @@ def draw_figure(
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     looks = itertools.cycle(itertools.product(DASHES, COLOURS))
     styles = {name: dict(color=c, linestyle=d) for name, (d, c) in zip(names, looks)}
-    labels = legend_of(groups, styles, others, curves or {})
+    labels = legend_labels(groups, styles, others, curves or {})
     columns = min(len(groups), 4 if len(groups) % 4 == 0 else 3)
     rows = [list(groups)[start : start + columns] for start in range(0, len(groups), columns)]
     heights = []  # of the scores alone or, in a row in which a task has values, of three panels
@@ -704,7 +704,7 @@ def write_outputs(
     args: argparse.Namespace, runs: list[Run], tables: list, text: str, *published: Any
 ) -> None:
     """Write the files that the command line names; raises `InputError` if that fails."""
-    groups = groups_of(runs)
+    groups = group_runs(runs)
     outputs: list[tuple[Path | None, Callable[[Path], Any]]] = [
         (args.csv, lambda path: write_csv(runs, path)),
         (args.markdown, lambda path: path.write_text(text, encoding="utf-8")),
@@ -754,7 +754,7 @@ def main() -> None:
     runs, duplicates = without_duplicates(label_methods(runs))
     for line in problems + duplicates:
         print(f"report.py: left out: {line}", file=sys.stderr)
-    tables = tables_of(groups_of(runs), others)
+    tables = make_tables(group_runs(runs), others)
     text = markdown(tables)
     print(text, end="")
     write_outputs(args, runs, tables, text, others, curves)
