@@ -128,12 +128,12 @@ def flatten_gradients(gradients: cal_ql.Gradients) -> dict[str, Tensor]:
     }
 
 
-# A rounded value may choose another of two critics or switch a ReLU off, which gradients of small
-# batches show more than weights do.
-OF_GRADIENTS = 20
+# A rounded value may choose another of two critics or switch a ReLU off. One such switch moves a
+# gradient of these small batches by up to 4 %: weights that differ by 1e-6 show it on a CPU, too.
+OF_GRADIENTS = 50
 
 
-precisions = pytest.mark.parametrize("precision, most", [("float32", 1e-4), ("tf32", 1e-2)])
+precisions = pytest.mark.parametrize("precision, most", [("float32", 1e-3), ("tf32", 1e-2)])
 
 
 @pytest.mark.parametrize("lagrange", [False, True])
