@@ -342,7 +342,7 @@ class Agent(nn.Module):
         }
         if len(qs) > 2:
             metrics["q_spread"] = data_q.std(0).mean()  # over critics
-        if phase.cql_alpha == 0:  # the rest would only be added 0 times
+        if phase.cql_alpha == 0:  # without a regularizer, as in SAC
             return td_error.sum(), metrics
         regularizer, info = self.regularizer(qs, batch.returns_to_go, sample.log_density, phase)
         return (td_error + regularizer).sum(), metrics | info
