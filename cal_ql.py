@@ -815,7 +815,7 @@ class Run:
         self.agent.updates = saved["updates"]
         vars(self.metrics).update(saved["metrics"])
         shapes = [column.shape[1:] for column in self.online.rows]
-        self.online.add(Batch(*self.directory.read_rows(shapes)))
+        self.online.add(Batch(*self.directory.read_transitions(shapes)))
         machine.set_random_states(saved["random_states"])
 
     def save(self) -> None:
@@ -880,7 +880,7 @@ class Run:
         transitions = to_transitions(episode, self.dataset, self.config.discount)
         self.online.add(transitions)
         if self.directory:
-            self.directory.add_rows(transitions)
+            self.directory.add_transitions(transitions)
         metrics = {
             "train/episode_return": float(sum(episode.rewards)),
             "train/d4rl_normalized_episode_return": episode.score,

@@ -69,7 +69,7 @@ class RunDirectory:
             self.lock = self.open("lock", "w")
             self.take_lock()
             self.metrics = self.open("metrics.jsonl", "ab")
-            self.rows = self.open("transitions.bin", "ab")
+            self.transitions = self.open("transitions.bin", "ab")
             has_run = bool(self.checkpoints())
         except (OSError, ValueError) as error:  # ValueError: a character that no file name can have
             self.discard_unless_begun()
@@ -107,9 +107,9 @@ class RunDirectory:
         try:
             self.set_aside_broken()
             self.cut_records()
-            self.rows.truncate(self.sizes()["rows"])
-            self.rows.seek(0, os.SEEK_END)
-            write_whole(self.path / "config.yaml", yaml.safe_dump(options).encode())
+            self.transitions.truncate(self.sizes()["rows"])
+            self.transitions.seek(0, os.SEEK_END)
+            write_atomically(self.path / "config.yaml", yaml.safe_dump(options).encode())
             with open_regular(starts, "ab+") as file:
                 file.seek(0)
                 earlier = file.read().splitlines() if step else []
@@ -128,7 +128,7 @@ class RunDirectory:
             with contextlib.suppress(OSError):  # a folder that is no longer empty
                 path.rmdir() if path.is_dir() else path.unlink()
 
-    # ------------------------------------------------------------------------ records and rows
+    # ------------------------------------------------------------------ records and transitions
 
     def add_record(self, record: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(record).encode() + b"\n")
@@ -175,12 +175,12 @@ class RunDirectory:
             self.metrics.truncate(len(cut))
             self.metrics.seek(0, os.SEEK_END)
             return
-        write_whole(path, cut)
+        write_atomically(path, cut)
         self.metrics.close()
         self.metrics = open_regular(path, "ab")
 
     def checkpoint_records(self, lines: list[bytes], content: bytes) -> list[bytes]:
-        """Those of the records `lines` that belong to the loaded checkpoint."""
+        """The records among `lines` that belong to the loaded checkpoint."""
         if not self.state:
             return []
         sizes, newest = self.sizes(), self.state["step"]
@@ -200,18 +200,19 @@ class RunDirectory:
             print(f"{self.metrics.name} lacks records from before this start; the run continues")
         return [lines[i] for i in numbers]
 
-    def add_rows(self, columns: Iterable[np.ndarray]) -> None:
-        """Write arrays [n, ...], one row of float32 for each of the n."""
+    def add_transitions(self, columns: Iterable[np.ndarray]) -> None:
+        """Append n transitions, given as arrays [n, ...]: a row of float32 for each."""
         flat = [column.reshape(len(column), -1) for column in columns]
-        self.rows.write(np.concatenate(flat, 1).astype(np.float32).tobytes())
+        self.transitions.write(np.concatenate(flat, 1).astype(np.float32).tobytes())
 
-    def read_rows(self, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-        """The rows that belong to the loaded checkpoint, as arrays [n, *shape]."""
+    def read_transitions(self, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+        """The transitions that belong to the loaded checkpoint, as arrays [n, *shape]."""
         ends = np.cumsum([math.prod(shape) for shape in shapes])
         size = self.sizes()["rows"]
         if size % (4 * ends[-1]):
-            raise InputError(f"checkpoints_path: {self.rows.name} does not hold rows of this run")
-        rows = np.fromfile(self.rows.name, np.float32, size // 4).reshape(-1, ends[-1])
+            name = self.transitions.name
+            raise InputError(f"checkpoints_path: {name} does not hold transitions of this run")
+        rows = np.fromfile(self.transitions.name, np.float32, size // 4).reshape(-1, ends[-1])
         columns = np.split(rows, ends[:-1], axis=1)
         return [column.reshape(-1, *shape) for column, shape in zip(columns, shapes)]
 
@@ -229,15 +230,16 @@ class RunDirectory:
 
         The previous one stays, and so do those at the steps in `keep`. Raises OSError.
         """
-        for file in (self.metrics, self.rows):
+        for file in (self.metrics, self.transitions):
             file.flush()
             os.fsync(file.fileno())
         image = io.BytesIO()  # since torch.save to a full disk can raise any exception
-        sizes = {"metrics": self.metrics.tell(), "rows": self.rows.tell(), **self.records_at}
+        sizes = {"metrics": self.metrics.tell(), "rows": self.transitions.tell()}
+        sizes |= self.records_at
         if self.last_step != state["step"]:
             sizes["records_at_step"] = 0
         torch.save({**state, "format": FORMAT, "sizes": sizes}, image)
-        write_whole(self.path / f"checkpoint_{state['step']}.pt", image.getbuffer())
+        write_atomically(self.path / f"checkpoint_{state['step']}.pt", image.getbuffer())
         for old in self.checkpoints()[:-2]:
             if checkpoint_step(old) not in keep:
                 old.unlink()
@@ -245,7 +247,7 @@ class RunDirectory:
     def load(
         self, device: torch.device, form: Any = None, identity: Optional[dict[str, Any]] = None
     ) -> Optional[dict[str, Any]]:
-        """The newest valid checkpoint whose rows are all there; None for a new run.
+        """The newest valid checkpoint whose transitions are all there; None for a new run.
 
         `form` is what it must hold, see `check_form`. Changes nothing on disk. Raises `InputError`
         if no checkpoint is valid or the run has another `identity`, and `RunError` if the system
@@ -255,7 +257,7 @@ class RunDirectory:
         found = self.checkpoints()[::-1]
         for path in found:
             try:
-                self.state = self.load_with_rows(path, device, form)
+                self.state = self.load_with_transitions(path, device, form)
                 break
             except InputError as error:
                 self.broken.append((path, str(error)))
@@ -273,13 +275,13 @@ class RunDirectory:
             found = ", ".join(f"{name} {saved.get(name, '(its default)')}" for name in names)
             raise InputError(f"checkpoints_path: {self.path} contains another run, with {found}")
 
-    def load_with_rows(self, path: Path, device: torch.device, form: Any) -> dict[str, Any]:
+    def load_with_transitions(self, path: Path, device: torch.device, form: Any) -> dict[str, Any]:
         state = load_checkpoint(path, device, form and {**form, **COUNTED})
         check_form({key: state.get(key) for key in COUNTED}, COUNTED, path)
         if state.get("counts", {}).get("step", state["step"]) != state["step"]:
             raise InputError(f"{path} is not a valid checkpoint (it names two different steps)")
-        if self.rows.tell() < state["sizes"]["rows"]:
-            raise InputError(f"{self.rows.name} is shorter than {path.name} says")
+        if self.transitions.tell() < state["sizes"]["rows"]:
+            raise InputError(f"{self.transitions.name} is shorter than {path.name} says")
         return state
 
     def set_aside_broken(self) -> None:
@@ -297,7 +299,7 @@ def from_here(path: Any) -> str:
     return str(path) if relative.startswith(os.pardir) else relative
 
 
-def write_whole(path: Path, content: Any) -> None:
+def write_atomically(path: Path, content: Any) -> None:
     """Write bytes to a temporary file, sync and rename it: the file is complete or unchanged."""
     with contextlib.suppress(FileNotFoundError):
         check_regular(path)
@@ -382,7 +384,7 @@ def load_checkpoint(
         state = torch.load(image, map_location=device, weights_only=True)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError("it was not written by this version of the code")
-        renew(state)
+        upgrade(state)
     except Exception as error:  # torch.load can raise any exception on a broken file
         if getattr(error, "errno", None) in NO_FILE:
             raise InputError(f"{prefix}there is no checkpoint {path}") from None
@@ -395,8 +397,8 @@ def load_checkpoint(
     return state
 
 
-def renew(state: dict[str, Any]) -> None:
-    """Bring an older checkpoint's counts and metrics into today's form."""
+def upgrade(state: dict[str, Any]) -> None:
+    """Convert an older checkpoint's counts and metrics to the current form, in place."""
     counts = state.get("counts")
     if isinstance(counts, dict) and "updates_owed" in counts:
         counts["steps_owed"] = counts.pop("updates_owed")
@@ -546,14 +548,14 @@ def are_random_states(value: Any) -> bool:
 
 
 class FormError(Exception):
-    """A part of a checkpoint is not of its form."""
+    """A part of a checkpoint does not have its form."""
 
     def __init__(self, place: list[str], found: str, expected: str):
         super().__init__(f"{' '.join(place) or 'all'}: found {found}, expected {expected}")
 
 
 def compare(value: Any, form: Any, place: list[str]) -> None:
-    """Raise `FormError` for the first part of `value` that is not of its form."""
+    """Raise `FormError` for the first part of `value` that does not have its form."""
     if isinstance(form, dict):
         compare_keys(value, form, place)
     elif isinstance(form, list):

@@ -15,7 +15,7 @@ import wandb
 from torch import Tensor
 from tqdm import tqdm
 
-from runs.directory import RunDirectory, write_whole
+from runs.directory import RunDirectory, write_atomically
 from runs.errors import RunError, expand_home, open_regular
 
 
@@ -133,7 +133,7 @@ class Wandb:
 
     def keep_id(self, directory: RunDirectory) -> None:
         with contextlib.suppress(OSError):  # see `known_id`
-            write_whole(directory.path / "wandb_id", self.run.id.encode())
+            write_atomically(directory.path / "wandb_id", self.run.id.encode())
 
     def send(self, record: dict[str, Any]) -> None:
         try:

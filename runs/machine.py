@@ -215,14 +215,14 @@ def kept_random_states() -> Iterator[None]:
 WORTH_COMPILING = 5_000  # updates of the offline phase
 
 
-def should_compile(wanted: Optional[bool], offline_updates: int) -> bool:
-    """Whether to compile: as wanted, by default with a C++ compiler and if the run is not short.
+def should_compile(option: Optional[bool], offline_updates: int) -> bool:
+    """Whether to compile: as the option says or, for None, if it pays and there is a C++ compiler.
 
-    Runs with fewer offline updates than `WORTH_COMPILING` are short, but not those without any. The
-    online phase does not count, so that an extended run continues as it began.
+    It pays from `WORTH_COMPILING` offline updates on, and in runs without an offline phase. The
+    length of the online phase does not count, so an extended run continues as it began.
     """
-    if wanted is not None:
-        return wanted
+    if option is not None:
+        return option
     has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
     return has_compiler and (offline_updates == 0 or offline_updates >= WORTH_COMPILING)
 

@@ -76,7 +76,7 @@ def wait_until(process: subprocess.Popen, holds: Callable[[], bool]) -> None:
 
 def step_reached(folder: Path, step: int) -> Callable[[], bool]:
     """A function that tells whether the run below `folder` has logged this step."""
-    return lambda: any(record["step"] >= step for record in records_of(folder))
+    return lambda: any(record["step"] >= step for record in read_records(folder))
 
 
 # ------------------------------------------------------------------------------ within this process
@@ -208,7 +208,7 @@ def newest(path: Path) -> Path:
     return max(only_run(path).glob("checkpoint_*.pt"), key=lambda file: int(file.stem[11:]))
 
 
-def records_of(directory: Path) -> list[dict[str, Any]]:
+def read_records(directory: Path) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl so far, of the one run below `directory`."""
     text = "".join(path.read_text() for path in directory.glob("*/metrics.jsonl"))
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -216,7 +216,7 @@ def records_of(directory: Path) -> list[dict[str, Any]]:
 
 def check_no_goal(directory: Path) -> None:
     """The run below `directory` logs, online and offline, what a task without a goal has."""
-    keys = {key for record in records_of(directory) for key in record}
+    keys = {key for record in read_records(directory) for key in record}
     assert {"train/episode_return", "eval/d4rl_normalized_score", "offline_iter"} <= keys
     assert not [key for key in keys if re.search("success|regret|fail", key)]
 
@@ -233,7 +233,7 @@ def outcome(directory: Path, aside: int | None = None) -> dict[str, Any]:
     """All files of the run below `directory`, without its speed and without records at `aside`."""
     final = newest(directory)
     transitions = only_run(directory) / "transitions.bin"
-    metrics = [{**record, "updates_per_second": None} for record in records_of(directory)]
+    metrics = [{**record, "updates_per_second": None} for record in read_records(directory)]
     metrics = [record for record in metrics if record["step"] != aside]
     # options that may change between starts may differ, and rates vary in length
     checkpoint = {

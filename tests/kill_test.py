@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from helpers import RUN, differences, finish, records_of, start_run, step_reached, wait_until
+from helpers import RUN, differences, finish, read_records, start_run, step_reached, wait_until
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
             wait_until(process, step_reached(Path(killed), step))
             time.sleep(rng.uniform(0.0, 0.1))
             process.kill()
-            last = records_of(Path(killed))[-1]["step"]
+            last = read_records(Path(killed))[-1]["step"]
             print(f"killed after step {last}:", finish(process).stdout)
         print(finish(start_run(Path(killed), *RUN)).stdout)
         different = differences(Path(left_alone), Path(killed))

@@ -46,8 +46,8 @@ def test_densities_and_gradients_on_the_edge_are_finite_in_float32(sampled):
     else:
         found = action_log_density(policy, noise.sign())
         actions = noise.sign().clamp(-1 + 1e-6, 1 - 1e-6).double()
-    wanted = expected.log_prob(actions)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    expected_density = expected.log_prob(actions)
+    torch.testing.assert_close(found.double(), expected_density, rtol=1e-4, atol=1e-4)
     gradients = torch.autograd.grad(found.sum(), policy)
     assert all(gradient.isfinite().all() for gradient in gradients)
 

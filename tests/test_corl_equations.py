@@ -244,5 +244,5 @@ def test_updates_equal_corls(options, monkeypatch):
         found = {name: metrics[name].item() for name in expected}
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
         for name, tensors in Reference(agent).state().items():
-            for found, wanted in zip(tensors, reference.state()[name]):
-                torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9, msg=name)
+            for ours, theirs in zip(tensors, reference.state()[name]):
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=name)

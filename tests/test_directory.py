@@ -42,7 +42,7 @@ def begun(path: Path) -> RunDirectory:
 
 
 def close(directory: RunDirectory) -> None:
-    for file in (directory.metrics, directory.rows, directory.lock):
+    for file in (directory.metrics, directory.transitions, directory.lock):
         file.close()
 
 
@@ -62,7 +62,7 @@ def train(directory: RunDirectory, first: int) -> None:
     for step in range(first + 1, 41):
         if step % 10 == 1:
             record(directory, step - 1, episode=step)  # a phase begins, at the step of before
-            directory.add_rows([np.full((2, 3), step)])
+            directory.add_transitions([np.full((2, 3), step)])
         if step % 5 == 0:
             record(directory, step, loss=step)
         if step % 10 == 0:
@@ -273,18 +273,18 @@ def test_checkpoints_of_older_code_resume_alike(is_foreign: bool, finished_run: 
     assert resumed(finished_run) == whole
 
 
-def test_rows_of_the_checkpoint_alone_are_read_and_kept(finished_run: Path) -> None:
-    rows = (finished_run / "transitions.bin").read_bytes()
+def test_only_the_checkpoints_transitions_are_read_and_kept(finished_run: Path) -> None:
+    transitions = (finished_run / "transitions.bin").read_bytes()
     (finished_run / "checkpoint_40.pt").unlink()
     directory = RunDirectory(finished_run, resume=True)
     directory.load(CPU)
-    single, pair = directory.read_rows([(), (2,)])
+    single, pair = directory.read_transitions([(), (2,)])
     assert single.tolist() == [1, 1, 11, 11, 21, 21] and pair.shape == (6, 2)
-    with pytest.raises(InputError, match="does not hold rows"):
-        directory.read_rows([(5,)])
+    with pytest.raises(InputError, match="does not hold transitions"):
+        directory.read_transitions([(5,)])
     close(directory)
     resumed(finished_run)
-    assert (finished_run / "transitions.bin").read_bytes() == rows
+    assert (finished_run / "transitions.bin").read_bytes() == transitions
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"[]", b"{}", b"7", b"", b'{"commit": "0"'])

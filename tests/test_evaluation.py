@@ -81,7 +81,7 @@ def test_episodes_are_the_same_in_any_number_of_processes_and_order(actor):
 
 
 @pytest.mark.parametrize(
-    "cores, quota, wanted, n_episodes, workers",
+    "cores, quota, option, n_episodes, workers",
     [
         (2, None, None, 10, 2),
         (64, None, None, 10, 8),
@@ -91,10 +91,10 @@ def test_episodes_are_the_same_in_any_number_of_processes_and_order(actor):
         (2, None, 3, 1, 1),
     ],
 )
-def test_the_number_of_workers(cores, quota, wanted, n_episodes, workers, monkeypatch):
+def test_the_number_of_workers(cores, quota, option, n_episodes, workers, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr("runs.machine.core_limit", lambda: quota or math.inf)
-    assert Workers(wanted, n_episodes, None, make_maze).count == workers
+    assert Workers(option, n_episodes, None, make_maze).count == workers
 
 
 def test_failures_of_workers_end_an_evaluation_in_one_line(actor):

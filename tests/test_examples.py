@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import QUICKSTART, ROOT, SMALL, records_of
+from helpers import QUICKSTART, ROOT, SMALL, read_records
 
 MAZE = ["--env", "maze2d-umaze-v1", "--dataset_path", QUICKSTART]
 SHORT = ["--offline_iterations", 10, "--online_iterations", 5, "--n_episodes", 2]
@@ -79,7 +79,7 @@ def test_data_of_ones_own_trains(made: Path) -> None:
         x for x in SMALL if x not in ("--env", "maze2d-umaze-v1", "--dataset_path", "data.hdf5")
     ]
     run(ROOT / "cal_ql.py", *options, *tiny, *SHORT, "--checkpoints_path", ".", cwd=made)
-    records = records_of(made)
+    records = read_records(made)
     first, *_, last = [r for r in records if "eval/d4rl_normalized_score" in r]
     assert first["eval/episode_length"] == 200 and "eval/success_rate" not in first
     score = (first["eval/episode_return"] + 1200) / (1200 - 150) * 100
@@ -120,4 +120,4 @@ def test_an_environment_of_ones_own_and_a_sparse_task(made: Path) -> None:
     run("train.py", *command, "dense", cwd=made)
     run("sparse.py", *command, "sparse", *is_sparse, cwd=made)
     for name in ("dense", "sparse"):
-        assert any("eval/success_rate" in record for record in records_of(made / name))
+        assert any("eval/success_rate" in record for record in read_records(made / name))

@@ -244,7 +244,7 @@ def losses_trained(agent: Agent, phase: Phase) -> set[str]:
     return names
 
 
-def trained_by(agent: Agent, loss: str) -> dict[str, Tensor]:
+def trained_parameters(agent: Agent, loss: str) -> dict[str, Tensor]:
     named = named_parameters(agent)
     if loss in ("actor", "critic"):
         return {name: value for name, value in named.items() if name.startswith(f"{loss}.")}
@@ -270,7 +270,7 @@ def test_gradients_equal_finite_differences(options, changed):
     losses, _ = agent.losses(batch, noise, phase)
     held = {name: value.detach().numpy() for name, value in named_parameters(agent).items()}
     for loss in losses:
-        trained = trained_by(agent, loss)
+        trained = trained_parameters(agent, loss)
         gradients = torch.autograd.grad(losses[loss], list(trained.values()))
         for name, gradient in zip(trained, gradients):
             # the entry that matters most, and any other
@@ -304,7 +304,7 @@ def test_no_loss_reaches_what_it_does_not_train(changed):
     )
     losses, _ = agent.losses(*arguments)
     for loss in losses:
-        trained = trained_by(agent, loss)
+        trained = trained_parameters(agent, loss)
         others = {
             name: value
             for name, value in named_parameters(agent).items()

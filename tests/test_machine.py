@@ -97,12 +97,12 @@ def test_less_than_a_core_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "compiler", "updates", "expected"),
+    ("option", "compiler", "updates", "expected"),
     [
         (None, "sh", 5_000, True),
         (None, "sh", 4_999, False),
         (None, "sh", 1, False),
-        (None, "sh", 0, True),  # such a run is online alone
+        (None, "sh", 0, True),  # without an offline phase
         (None, "no-such-compiler", 5_000, False),
         (None, "no-such-compiler", 0, False),
         (True, "no-such-compiler", 1, True),
@@ -111,10 +111,10 @@ def test_less_than_a_core_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_runs_are_compiled_unless_the_offline_phase_is_short(
-    wanted, compiler, updates, expected, monkeypatch: pytest.MonkeyPatch
+    option, compiler, updates, expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
-    assert should_compile(wanted, updates) == expected
+    assert should_compile(option, updates) == expected
 
 
 # ---------------------------------------------------------------------------- precision

@@ -33,7 +33,7 @@ from helpers import (
     make_phase,
     newest,
     parse,
-    records_of,
+    read_records,
     stopped_at,
     working_in,
 )
@@ -330,7 +330,7 @@ def test_a_warm_up_plays_and_changes_nothing(left_alone):
     assert list(evaluations) == [0, 50, 60, 100, 150, 200, 230]
     assert len({repr(evaluations[step]) for step in (60, 100, 150, 200)}) == 1
     assert evaluations[60][0] == 60 and evaluations[230][0] == 120
-    records = records_of(folder)
+    records = read_records(folder)
     played = {r["step"]: r for r in records if "train/episode_return" in r}
     assert list(played) == [60, 210]
     failed = np.cumsum([1 - record["train/is_success"] for record in played.values()])
@@ -346,7 +346,7 @@ def test_logged_means_are_over_the_updates_that_had_a_metric(left_alone):
     folder, updates, _ = left_alone
     known = {name for _, metrics in updates for name in metrics}
     found, since = {}, 0
-    for record in records_of(folder):
+    for record in read_records(folder):
         step, names = record["step"], known & record.keys()
         if not names:
             continue
@@ -513,6 +513,7 @@ def test_memory_that_is_asked_for_is_less_than_what_is_used():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         agent.losses(batch, agent.draw_noise(agent.phase(False)), agent.phase(False))
-    trained = sum(p.nbytes for parameters in agent.learned.values() for p in parameters)
-    targets = sum(p.nbytes for p in agent.target_critic.parameters())
-    assert needed(**sizes) < sum(saved.values()) + 4 * trained + targets
+    learned = [p for parameters in agent.learned.values() for p in parameters]
+    parameter_bytes = sum(p.nbytes for p in learned)
+    target_bytes = sum(p.nbytes for p in agent.target_critic.parameters())
+    assert needed(**sizes) < sum(saved.values()) + 4 * parameter_bytes + target_bytes

@@ -209,8 +209,8 @@ def test_every_step_is_a_transition_as_minari_reads_it(name, root, make):
             value = reward + 0.9 * value * (not terminal)
             values.insert(0, value)
         expected = flat[:-1], episode.actions, episode.rewards, flat[1:], terminals
-        for column, wanted in zip(found, expected):
-            np.testing.assert_array_equal(column[part], np.array(wanted, np.float32))
+        for column, recorded_values in zip(found, expected):
+            np.testing.assert_array_equal(column[part], np.array(recorded_values, np.float32))
         np.testing.assert_allclose(found[-1][part], values, rtol=1e-5)
 
 

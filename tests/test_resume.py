@@ -35,7 +35,7 @@ from helpers import (
     newest,
     only_run,
     parse,
-    records_of,
+    read_records,
     resumed_like_left_alone,
     start_run,
     step_reached,
@@ -106,7 +106,7 @@ EVAL_METRICS = {
 
 
 def test_the_logged_names_are_those_that_the_field_plots_at_their_steps(left_alone: Path) -> None:
-    records = records_of(left_alone)
+    records = read_records(left_alone)
     steps: dict[frozenset, list[int]] = {}
     for record in records:
         assert record["step"] == record.get("offline_iter", 60 + record.get("online_iter", 0))
@@ -137,7 +137,7 @@ def test_the_regret_of_evaluations_is_that_of_the_online_phase_also_after_a_kill
     monkeypatch.setattr(cal_ql.Run, "evaluate", evaluate)
     killed_at(cal_ql.Agent, "update", 130, *options)
     assert call(*options).returncode == 0
-    found = {r["step"]: r["eval/regret"] for r in records_of(folder) if "eval/regret" in r}
+    found = {r["step"]: r["eval/regret"] for r in read_records(folder) if "eval/regret" in r}
     expected = {step: 1 - np.mean(range(75, step + 1, 25)) / 200 for step in (75, 100, 125, 150)}
     assert found == pytest.approx(expected)
 
@@ -147,7 +147,7 @@ def test_the_regret_of_evaluations_is_that_of_the_online_phase_also_after_a_kill
         del saved["counts"][name]
     torch.save(saved, path)
     assert call(*options, "--online_iterations", 115).returncode == 0
-    assert records_of(folder)[-1]["eval/regret"] == 1 - 175 / 200
+    assert read_records(folder)[-1]["eval/regret"] == 1 - 175 / 200
 
 
 def test_another_seed_gives_other_numbers(left_alone: Path, folder: Path) -> None:
@@ -305,7 +305,7 @@ def test_a_run_without_an_online_phase_resumes(folder: Path) -> None:
     options = [*RUN, "--online_iterations", 0]
     stopped_at(cal_ql.Agent, "update", 40, *options)
     assert call(*options).returncode == 0
-    assert [r["step"] for r in records_of(folder)] == [0, *range(10, 61, 10), 60]
+    assert [r["step"] for r in read_records(folder)] == [0, *range(10, 61, 10), 60]
 
 
 # ---------------------------------------------------------------------------- run directories
@@ -529,5 +529,5 @@ def test_an_environment_that_fails_is_named_and_the_run_saved(
     counts = torch.load(newest(folder), weights_only=True)["counts"]
     assert counts["episodes"] == skipped  # so that it is not retried forever
     assert call(*SHORT).returncode == 0
-    updates = [r["step"] for r in records_of(folder) if "updates_per_second" in r]
+    updates = [r["step"] for r in read_records(folder) if "updates_per_second" in r]
     assert updates == [*range(10, 141, 10)]

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cal_ql
 import tasks
-from helpers import ROOT, RUN, call, call_tool, kept_signals, only_run, records_of, working_in
+from helpers import ROOT, RUN, call, call_tool, kept_signals, only_run, read_records, working_in
 from runs import machine
 from runs.errors import RunError
 from tools import benchmark, corl, evaluate, film, kernels, roofline
@@ -44,7 +44,7 @@ def run_evaluate(monkeypatch):
 
 
 def test_evaluate_repeats_the_score_that_the_run_recorded(finished_run, run_evaluate):
-    record = records_of(finished_run.parent)[-1]
+    record = read_records(finished_run.parent)[-1]
     shutil.copy(finished_run / "checkpoint_60.pt", finished_run / "checkpoint_best.pt")
     code, printed, _ = run_evaluate(finished_run, "--episodes", 3)
     assert code == 0 and "3 episodes of maze2d-umaze-v1, seed 7" in printed

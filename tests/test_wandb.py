@@ -26,7 +26,7 @@ from helpers import (
     differences,
     finish,
     only_run,
-    records_of,
+    read_records,
     start_run,
     wait_until,
     working_in,
@@ -195,7 +195,7 @@ def test_every_record_arrives_although_the_run_is_killed_and_stopped_while_evalu
     assert differences(undisturbed, tmp_path) == []
 
     first, second, last = wandb_files(tmp_path)
-    assert history(last) == by_step(records_of(tmp_path))
+    assert history(last) == by_step(read_records(tmp_path))
     assert "eval/d4rl_normalized_score" not in history(second)[150]
     assert "eval/d4rl_normalized_score" in history(last)[150]
     wandb_id = (only_run(tmp_path) / "wandb_id").read_text()
@@ -228,4 +228,4 @@ def test_a_server_that_cannot_be_used_changes_nothing(
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("W&B")]
     assert "cannot be reached" in line and "offline" in line
     (file,) = wandb_files(folder)
-    assert history(file) == by_step(records_of(folder))
+    assert history(file) == by_step(read_records(folder))

@@ -301,7 +301,7 @@ def usual_values(methods: list[dict[str, str]]) -> dict[str, Any]:
     usual = {}
     default = method_options(vars(cal_ql.Config()))
     for option in {option for method in methods for option in method}:
-        counting = [one for one in methods if option not in options_in_name(one[""])]
+        counting = [method for method in methods if option not in options_in_name(method[""])]
         counts = Counter(method.get(option) for method in counting)
         best = [value for value in counts if counts[value] == max(counts.values())]
         usual[option] = best[0] if len(best) == 1 else default.get(option)
@@ -338,10 +338,10 @@ def without_duplicates(runs: list[Run]) -> tuple[list[Run], list[str]]:
     kept: dict[tuple, Run] = {}
     lines = []
     for run in sorted(runs, key=lambda run: -run.steps[-1]):
-        other = kept.setdefault((run.task, run.method, run.seed), run)
-        if other is not run:
-            steps = f"at step {other.steps[-1]:,.0f}, this one at {run.steps[-1]:,.0f}"
-            lines.append(f"{run.source}: same task, method, seed as {other.source}: {steps}")
+        longest = kept.setdefault((run.task, run.method, run.seed), run)
+        if longest is not run:
+            steps = f"at step {longest.steps[-1]:,.0f}, this one at {run.steps[-1]:,.0f}"
+            lines.append(f"{run.source}: same task, method, seed as {longest.source}: {steps}")
     return list(kept.values()), lines
 
 
@@ -462,17 +462,19 @@ def score_row(title: str, name: str, tasks: list[list[Run]]) -> list[str]:
     return row
 
 
-def published_row(one: Published) -> list[str]:
+def published_row(result: Published) -> list[str]:
     def shown(value: float, deviation: float, digits: int = 1) -> str:
-        error = one.error(deviation)
+        error = result.error(deviation)
         if math.isnan(value):
             return "–"
         return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
-    steps = f"{one.offline_iterations:,} + {one.online_iterations:,}"
-    scores = shown(one.offline_score, one.offline_deviation), shown(one.score, one.deviation)
-    regret = shown(one.regret, one.regret_deviation, 2)
-    return [one.task, one.name, f"{one.seeds} seeds", steps, " → ".join(scores), *"–––", regret]
+    steps = f"{result.offline_iterations:,} + {result.online_iterations:,}"
+    offline = shown(result.offline_score, result.offline_deviation)
+    end = shown(result.score, result.deviation)
+    regret = shown(result.regret, result.regret_deviation, 2)
+    name, seeds = result.name, f"{result.seeds} seeds"
+    return [result.task, name, seeds, steps, f"{offline} → {end}", *"–––", regret]
 
 
 def make_tables(groups: dict[str, Group], others: list[Published] = ()) -> list[list[list[str]]]:
@@ -480,17 +482,16 @@ def make_tables(groups: dict[str, Group], others: list[Published] = ()) -> list[
     scores = []
     for title, group in groups.items():
         scores += [score_row(title, name, group[name]) for name in group]
-        scores += [
-            published_row(one) for one in others if one.task == title and one.method in group
-        ]
+        shown = [result for result in others if result.task == title and result.method in group]
+        scores += map(published_row, shown)
     improvements = []
     for title, group in groups.items():
-        for one, other in itertools.combinations(group, 2):
-            runs = [counted(runs) for runs in group[one] + group[other]]
-            if all(some[0].ended for some in runs):
-                ends = [np.array([run.scores[-1] for run in some]) for some in runs]
+        for first, second in itertools.combinations(group, 2):
+            tasks = [counted(runs) for runs in group[first] + group[second]]
+            if all(runs[0].ended for runs in tasks):
+                ends = [np.array([run.scores[-1] for run in runs]) for runs in tasks]
                 cell = with_interval(ends, probability_of_improvement, 2)
-                improvements.append([title, one, other, cell])
+                improvements.append([title, first, second, cell])
     return [[SCORES, *scores], *([[IMPROVEMENT, *improvements]] if improvements else [])]
 
 
@@ -595,16 +596,17 @@ def draw_others(
             after = length * np.arange(1, len(online) + 1) / len(online)
             shown = np.r_[offline, online]
             axes.plot(np.r_[before, after], shown, **look | SEED_OF_OTHERS)
-        for one in others:
-            if (one.task, one.method) != (task, name):
+        for result in others:
+            if (result.task, result.method) != (task, name):
                 continue
-            same = all((run.switch, run.end - run.switch) == one.lengths for run in runs)
+            same = all((run.switch, run.end - run.switch) == result.lengths for run in runs)
             filling = look["color"] if same else "white"
             marks = dict(**look, **MARK, markerfacecolor=filling)
             if switch:
-                axes.errorbar(0, one.offline_score, one.error(one.offline_deviation), **marks)
+                error = result.error(result.offline_deviation)
+                axes.errorbar(0, result.offline_score, error, **marks)
             if length:
-                axes.errorbar(length, one.score, one.error(one.deviation), **marks)
+                axes.errorbar(length, result.score, result.error(result.deviation), **marks)
 
 
 def legend_labels(
@@ -621,7 +623,7 @@ def legend_labels(
     shown = {(title, name) for title, group in groups.items() for name in group}
     if any(key in shown for key in curves):
         labels["CORL's seeds"] = Line2D([], [], color="black", **SEED_OF_OTHERS)
-    if any((one.task, one.method) in shown for one in others):
+    if any((result.task, result.method) in shown for result in others):
         look = MARK | dict(color="black", markerfacecolor="white")
         look.pop("capsize")
         labels["published"] = Line2D([], [], **look)

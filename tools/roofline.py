@@ -81,9 +81,9 @@ def bytes_moved(agent: cal_ql.Agent, batch: cal_ql.Batch, phase: cal_ql.Phase) -
     """
     with in_one_piece(), ProductBytes() as products:
         gradients, _ = agent.gradients(batch, agent.draw_noise(phase), phase)
-    trained = sum(p.nbytes for name in gradients for p in agent.learned[name])
-    targets = sum(p.nbytes for p in agent.target_critic.parameters())
-    return products.total + 7 * trained + 3 * targets
+    parameter_bytes = sum(p.nbytes for name in gradients for p in agent.learned[name])
+    target_bytes = sum(p.nbytes for p in agent.target_critic.parameters())
+    return products.total + 7 * parameter_bytes + 3 * target_bytes
 
 
 def hidden_products(
