@@ -18,9 +18,9 @@ RUN pip install --no-cache-dir -r requirements-gymnasium.txt \
     && pip install --no-cache-dir --no-deps -r requirements-no-deps.txt
 COPY --chmod=755 . .
 
-# Caches and settings go to /tmp, since the user may have no home and no name. All else goes to /data,
-# also compiled updates, since the next container would need a minute for them. Anybody may write in
-# /data, so that a new named volume works for every user.
+# Caches and settings go to /tmp, since the user may have no home and no name. Everything else goes to
+# /data. This includes compiled updates, which would take the next container a minute. Anybody may write
+# in /data, so that a new named volume works for every user.
 ENV HOME=/tmp \
     USER=calql \
     PYTHONUNBUFFERED=1 \
