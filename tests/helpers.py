@@ -1,4 +1,4 @@
-"""What several test files share: runs, their files, ways to end them, small agents.
+"""What several test files share: runs, their files, ways to interrupt them, small agents.
 
 It does not import pytest, so that kill_test.py needs nothing that a run does not need.
 """
@@ -75,7 +75,7 @@ def wait_until(process: subprocess.Popen, holds: Callable[[], bool]) -> None:
 
 
 def step_reached(folder: Path, step: int) -> Callable[[], bool]:
-    """A function that tells whether the run below `folder` has logged this step."""
+    """A function that returns whether the run below `folder` has logged this step."""
     return lambda: any(record["step"] >= step for record in read_records(folder))
 
 
@@ -121,7 +121,7 @@ def call_program(name: str, program: Callable[[], int], *args: Any) -> subproces
 
 
 def error_line(result: subprocess.CompletedProcess, code: int = 2, kind: str = "error") -> str:
-    """The one line on stderr of a process that ended with `code`, the progress bar aside."""
+    """The only line on stderr, besides the progress bar, of a process that ended with `code`."""
     assert result.returncode == code, result.stderr
     lines = re.split(r"[\r\n]+", result.stderr)
     lines = [line for line in lines if line and not re.search(r" \[\d\d:\d\d", line)]
@@ -157,13 +157,13 @@ def file_size_limit(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# ------------------------------------------------------------------------- what runs read and leave
+# ----------------------------------------------------------------------- what runs read and write
 
 
 def write_dataset(
     path: Path, observation_dim: int = 4, action_dim: int = 2, n: int = 400, **changed: Any
 ) -> Path:
-    """Random rows in D4RL's layout, episodes of 40 steps; `changed` replaces some of its arrays."""
+    """Write random rows in D4RL's layout, episodes of 40 steps; `changed` replaces arrays."""
     rng = np.random.default_rng(0)
     arrays = {
         "observations": rng.normal(size=(n, observation_dim)).astype(np.float32),
@@ -180,7 +180,7 @@ def write_dataset(
 
 
 def make_pendulum_data(name: str, root: Path) -> Path:
-    """A Minari dataset of two steps in MINARI_DATASETS_PATH, here `root`; its metadata's path."""
+    """Make a Minari dataset of two steps in MINARI_DATASETS_PATH, `root`; return metadata.json."""
     import gymnasium
     import minari
 
@@ -204,18 +204,18 @@ def only_run(path: Path) -> Path:
 
 
 def newest(path: Path) -> Path:
-    """Last checkpoint of that run."""
+    """The newest checkpoint of the one run in `path`."""
     return max(only_run(path).glob("checkpoint_*.pt"), key=lambda file: int(file.stem[11:]))
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl so far, of the one run below `directory`."""
+    """The complete lines of metrics.jsonl so far, of the one run below `directory`."""
     text = "".join(path.read_text() for path in directory.glob("*/metrics.jsonl"))
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def check_no_goal(directory: Path) -> None:
-    """The run below `directory` logs, online and offline, what a task without a goal has."""
+    """Check that the run below `directory` logs scores and returns, but nothing about success."""
     keys = {key for record in read_records(directory) for key in record}
     assert {"train/episode_return", "eval/d4rl_normalized_score", "offline_iter"} <= keys
     assert not [key for key in keys if re.search("success|regret|fail", key)]
@@ -229,13 +229,13 @@ def flatten(value: Any, name: str) -> dict[str, Any]:
     return {name: value.numpy().tobytes() if torch.is_tensor(value) else value}
 
 
-def outcome(directory: Path, aside: int | None = None) -> dict[str, Any]:
-    """All files of the run below `directory`, without its speed and without records at `aside`."""
+def outcome(directory: Path, ignored_step: int | None = None) -> dict[str, Any]:
+    """All files of the run below `directory`, without its speed and records at `ignored_step`."""
     final = newest(directory)
     transitions = only_run(directory) / "transitions.bin"
     metrics = [{**record, "updates_per_second": None} for record in read_records(directory)]
-    metrics = [record for record in metrics if record["step"] != aside]
-    # options that may change between starts may differ, and rates vary in length
+    metrics = [record for record in metrics if record["step"] != ignored_step]
+    # "config" may differ in options that may change between starts, "sizes" by the length of rates
     checkpoint = {
         **torch.load(final, map_location="cpu", weights_only=True),
         "config": None,
@@ -245,18 +245,18 @@ def outcome(directory: Path, aside: int | None = None) -> dict[str, Any]:
     return {"file": final.name, "transitions": transitions.read_bytes(), **leaves}
 
 
-def differences(one: Path, other: Path, aside: int | None = None) -> list[str]:
+def differences(first: Path, second: Path, ignored_step: int | None = None) -> list[str]:
     """The names of all differences between the outcomes of the runs below two directories."""
-    a, b = outcome(one, aside), outcome(other, aside)
+    a, b = outcome(first, ignored_step), outcome(second, ignored_step)
     return [name for name in {**a, **b} if a.get(name, "none") != b.get(name, "none")]
 
 
-# --------------------------------------------------------------------------------------- their ends
+# ------------------------------------------------------------------------------- interrupting runs
 
 
 @contextlib.contextmanager
 def at_call(owner: type, name: str, number: int, act: Callable[[], Any]) -> Iterator[None]:
-    """Within, the call with this number of the method `owner.name` first calls `act`."""
+    """Within, call number `number` of the method `owner.name` first calls `act`."""
     method, calls = getattr(owner, name), iter(range(1, 10**9))
 
     def counting(*args: Any, **kwargs: Any) -> Any:
@@ -269,7 +269,7 @@ def at_call(owner: type, name: str, number: int, act: Callable[[], Any]) -> Iter
 
 
 def stopped_at(owner: type, name: str, number: int, *options: Any) -> None:
-    """A run with these options that a SIGTERM ends at that call."""
+    """Start a run with these options; a SIGTERM stops it at that call, see `at_call`."""
     with at_call(owner, name, number, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         assert "by SIGTERM" in error_line(call(*options), code=143, kind="stopped")
 
@@ -279,7 +279,7 @@ class Killed(BaseException):
 
 
 def killed_at(owner: type, name: str, number: int, *options: Any) -> None:
-    """A run with these options that ends at that call as if by kill -9."""
+    """Start a run with these options; it ends at that call as if by kill -9, see `at_call`."""
 
     def die() -> None:
         raise Killed
@@ -302,7 +302,10 @@ def resumed_like_left_alone(
     *moment: Any,
     end: Callable[..., None] = stopped_at,
 ) -> list[str]:
-    """Differences between a run and one that ends at a call and is resumed, by their options."""
+    """Differences between an uninterrupted run and one that ends at a call and is resumed.
+
+    `left_alone` and `ended` are their options; `end` interrupts the second one at `moment`.
+    """
     folders = folder / "left_alone", folder / "ended"
     for directory in folders:
         directory.mkdir()
@@ -353,13 +356,13 @@ def make_batch(seed: int = 0) -> Batch:
 
 
 def make_phase(**changed: Any) -> Phase:
-    """That of an offline update in which everything is trained; `changed` replaces its fields."""
+    """The phase of an offline update that trains everything; `changed` replaces its fields."""
     phase = dict(cql_alpha=5.0, calibrated=True, cloning=False, trains_actor=True)
     return Phase(**phase | dict(n_cloned=0) | changed)
 
 
 def make_noise(config: Config, seed: int = 0, n: int = N) -> Noise:
-    """All that an update of that agent's batch draws, in float64; n is 0 without a regularizer."""
+    """All noise of an update on `make_batch`, in float64; n is 0 without a regularizer."""
     generator = torch.Generator().manual_seed(seed)
     n_target = N if config.cql_max_target_backup else 1
 

@@ -1,6 +1,6 @@
-"""What only a GPU can show: the same updates as on a CPU, no waiting, runs on it and from it.
+"""Tests of a GPU: updates equal a CPU's and never wait for it, runs resume and change devices.
 
-Skipped without one. `CUDA_TESTS_ON=cpu` tries this file itself on a machine that has none.
+They are skipped without a GPU. `CUDA_TESTS_ON=cpu` runs them on a CPU, to test this file itself.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ pytestmark = pytest.mark.skipif(
 
 S, A, B = 29, 8, 64
 SHORT = ["--offline_iterations", 40, "--online_iterations", 0, "--eval_freq", 1000]
-# an update after another method's: no regularizer online, many critics, the actor waits
+# updates like WSRL's: no regularizer online, many critics, an actor that skips updates
 OTHER = """--n_critics 10 --n_target_critics 2 --critic_layer_norm true --actor_layer_norm true
     --cql_alpha_online 0 --actor_update_period 2 --bc_weight 0.5""".split()
-# steps that change no weight
+# learning rates that change no weight
 STILL = ["--policy_lr", 1e-30, "--qf_lr", 1e-30, "--soft_target_update_rate", 0]
 
 
@@ -60,13 +60,13 @@ def set_precision(precision: str) -> None:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Size of the difference to `expected` as a share of its size."""
+    """Norm of the difference to `expected`, relative to the norm of `expected`."""
     expected = expected.detach().cpu()
     return float((found.detach().cpu() - expected).norm() / expected.norm())
 
 
 def move_weights(agent: Agent) -> None:
-    """Away from where many are 0, of which no difference would be a small share."""
+    """Move weights away from 0, where no relative difference would be small."""
     generator = torch.Generator().manual_seed(1)
     for parameter in agent.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(DEVICE)
@@ -107,7 +107,7 @@ def make_noise(agent: Agent, number: int, online: bool) -> Noise:
 
 
 def updates(agent: Agent, count: int, online: bool) -> list[dict[str, Tensor]]:
-    """The gradients of so many updates, and after these the parameters, by their names."""
+    """The gradients of `count` updates, then the parameters after them, by their names."""
     results = []
     for number in range(count):
         batch = Batch(*(column.to(agent.device) for column in make_batch(number)))
@@ -128,31 +128,31 @@ def flatten_gradients(gradients: cal_ql.Gradients) -> dict[str, Tensor]:
     }
 
 
-# A rounded value may choose another of two critics or switch a ReLU off. One such switch moves a
-# gradient of these small batches by up to 4 %: weights that differ by 1e-6 show it on a CPU, too.
-OF_GRADIENTS = 50
+# Rounding may change which critic is the minimum, or switch a ReLU off. One switch changes a
+# gradient of these small batches by up to 4 %; on a CPU, weights that differ by 1e-6 do the same.
+GRADIENT_FACTOR = 50  # on the tolerance
 
 
-precisions = pytest.mark.parametrize("precision, most", [("float32", 1e-3), ("tf32", 1e-2)])
+precisions = pytest.mark.parametrize("precision, tolerance", [("float32", 1e-3), ("tf32", 1e-2)])
 
 
 @pytest.mark.parametrize("lagrange", [False, True])
 @pytest.mark.parametrize("importance", [False, True])
 @precisions
-def test_five_updates_are_those_of_a_cpu(precision, most, importance, lagrange):
+def test_five_updates_equal_those_on_a_cpu(precision, tolerance, importance, lagrange):
     options = dict(cql_importance_sample=importance, cql_lagrange=lagrange)
     options |= dict(cql_max_target_backup=True, backup_entropy=True)
-    compare_with_a_cpu(precision, most, options, online=False)
+    compare_with_a_cpu(precision, tolerance, options, online=False)
 
 
 @precisions
-def test_five_updates_of_other_methods_are_those_of_a_cpu(precision, most):
+def test_five_updates_of_other_methods_equal_those_on_a_cpu(precision, tolerance):
     names = [word.removeprefix("--") for word in OTHER[::2]]
     options = dict(zip(names, map(yaml.safe_load, OTHER[1::2])))
-    compare_with_a_cpu(precision, most, options, online=True)
+    compare_with_a_cpu(precision, tolerance, options, online=True)
 
 
-def compare_with_a_cpu(precision: str, most: float, options: dict, online: bool) -> None:
+def compare_with_a_cpu(precision: str, tolerance: float, options: dict, online: bool) -> None:
     set_precision(precision)
     pairs = zip(*(updates(make_agent(device, **options), 5, online) for device in (DEVICE, CPU)))
     far = {
@@ -160,7 +160,7 @@ def compare_with_a_cpu(precision: str, most: float, options: dict, online: bool)
         for number, (found, expected) in enumerate(pairs)
         for name, value in expected.items()
         if not (difference := relative(found[name], value))
-        <= most * (OF_GRADIENTS if name.startswith("gradient") else 1)
+        <= tolerance * (GRADIENT_FACTOR if name.startswith("gradient") else 1)
     }
     assert far == {}
 
@@ -170,7 +170,7 @@ def compare_with_a_cpu(precision: str, most: float, options: dict, online: bool)
 
 @contextlib.contextmanager
 def waiting_raises() -> Iterator[None]:
-    """Within, RuntimeError for whatever makes the CPU wait for the GPU."""
+    """Within, anything that makes the CPU wait for the GPU raises RuntimeError."""
     if not ON_CUDA:
         yield
         return
@@ -182,13 +182,13 @@ def waiting_raises() -> Iterator[None]:
 
 
 def make_run(*options: Any) -> Run:
-    """On random data, with an online episode."""
+    """A run on random data, with an online episode."""
     config = parse(*SMALL, "--cql_lagrange", True, "--device", DEVICE, *options)
     run = cal_ql.make_run(config, tasks.make(config.env, config.dataset_path), None)
     move_weights(run.agent)
     with kept_signals():
         run.play(StopSignals())
-    run.progress.warmup_end = 0  # what is played before the online phase counts as a warm-up
+    run.progress.warmup_end = 0  # an episode before the online phase counts as a warm-up
     return run
 
 
@@ -209,18 +209,18 @@ def test_waiting_raises():
     [([], (False, True)), (OTHER, (True,))],
     ids=["both phases", "other methods' online phase"],
 )
-def test_compiled_updates_are_the_eager_ones_and_neither_waits(options, phases, folder):
+def test_compiled_and_eager_updates_are_equal_and_neither_waits(options, phases, folder):
     write_dataset(Path("data.hdf5"))
     options = [*options, "--precision", "float32"]
     eager = make_run(*options, "--compile", False)
     compiled = make_run(*options, "--compile", True)
     for online in phases:
         for run in (eager, compiled):
-            train_steps(run, range(6), online)  # of each kind compiled, recorded, and replayed
+            train_steps(run, range(6), online)  # each graph is compiled, captured and replayed
             with waiting_raises():
                 train_steps(run, range(6, 10), online)
     assert eager.agent.updates == compiled.agent.updates == 10 * len(phases)
-    assert compiled.agent.graph.compiled  # and not given up
+    assert compiled.agent.graph.compiled  # compiling has not failed
     if ON_CUDA:
         assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     expected = eager.metrics.means()
@@ -233,13 +233,13 @@ def test_compiled_updates_are_the_eager_ones_and_neither_waits(options, phases, 
 # ------------------------------------------------------------------------------------ whole runs
 
 
-def test_a_run_that_is_stopped_and_resumed_ends_like_one_that_was_not(folder):
-    """Bit for bit on one GPU: no kernel of an eager update adds in an order left to chance."""
+def test_a_resumed_run_ends_like_an_uninterrupted_one(folder):
+    """Bit for bit on one GPU: no kernel of an eager update sums in a random order."""
     options = [*RUN, "--device", DEVICE]
     assert resumed_like_left_alone(folder, options, options, Agent, "update", 90) == []
 
 
-def test_a_run_goes_on_on_the_other_device(folder):
+def test_a_run_resumes_on_the_other_device(folder):
     options = [*RUN, *SHORT, "--checkpoint_freq", 10]
     stopped_at(Agent, "update", 15, *options, "--device", DEVICE)
     assert call(*options, "--device", CPU).returncode == 0
@@ -257,14 +257,15 @@ def test_load_model_takes_the_networks_of_the_other_device(source, target, folde
         options = [*RUN, *SHORT, *STILL, "--device", target, "--load_model", model]
         assert call(*options).returncode == 0
     loaded = newest(Path("target"))
-    one, other = (torch.load(path, map_location=CPU, weights_only=True) for path in (model, loaded))
+    paths = model, loaded
+    expected, found = (torch.load(p, map_location=CPU, weights_only=True) for p in paths)
     for part in ("agent", "scaling"):
-        assert flatten(other[part], "") == flatten(one[part], "")
+        assert flatten(found[part], "") == flatten(expected[part], "")
 
 
 @contextlib.contextmanager
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Within, 200 MB more than now can be had of the GPU; a CPU only pretends."""
+    """Within, only 200 MB more of the GPU's memory are available; on a CPU an error pretends it."""
     if not ON_CUDA:
         error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         with monkeypatch.context() as patch:
@@ -290,7 +291,7 @@ def test_out_of_memory_is_one_line(folder, monkeypatch):
     with little_memory(monkeypatch):
         line = error_line(call(*options, *large), code=1)
     assert "CUDA out of memory" in line
-    assert call(*options).returncode == 0  # a smaller one then runs, in this very process
+    assert call(*options).returncode == 0  # a smaller run then works in the same process
     line = error_line(call(*options, "--hidden_dim", 10**6, "--q_n_hidden_layers", 2))
     assert f"GB of memory left on {DEVICE}" in line
 

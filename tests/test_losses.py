@@ -15,7 +15,7 @@ COMBINATIONS = [
     (dict(cql_importance_sample=i, cql_lagrange=lagrange, cql_max_target_backup=m), calibrated)
     for i, lagrange, m, calibrated in itertools.product((True, False), repeat=4)
 ]
-# each of these differs from the defaults in what its name says, and calibrates
+# these differ from the defaults as their names say, and calibrate
 OPTIONS = {
     "entropy in the target": dict(backup_entropy=True),
     "entropy in the best target": dict(backup_entropy=True, cql_max_target_backup=True),
@@ -35,7 +35,7 @@ OPTIONS = {
     "three of four target critics": dict(n_critics=4, n_target_critics=3, backup_entropy=True),
 }
 NO_REGULARIZER = dict(cql_alpha=0.0)
-# in these, something else of the phase differs, too
+# in these, other fields of the phase differ too
 PHASES = {
     "cloning": ({}, dict(cloning=True)),
     "actor waits": (dict(cql_lagrange=True), dict(trains_actor=False)),
@@ -70,7 +70,7 @@ def named_parameters(agent: Agent) -> dict[str, Tensor]:
 
 
 def mlp(x: np.ndarray, layers: list[tuple[np.ndarray, ...]]) -> np.ndarray:
-    """Of layers (weight, bias) or, with LayerNorm, (weight, bias, scale, shift)."""
+    """Outputs of layers (weight, bias) or, with LayerNorm, (weight, bias, scale, shift)."""
     for number, (weight, bias, *norm) in enumerate(layers):
         x = weight @ (np.maximum(x, 0.0) if number else x) + bias
         if norm:
@@ -230,12 +230,12 @@ scenarios = pytest.mark.parametrize("options, changed", SCENARIOS)
 
 
 def make_update(options: dict, changed: dict) -> tuple[Agent, Batch, Noise, Phase]:
-    """The agent of these options, and what its losses take in a phase changed so."""
+    """An agent with these options, and its losses' arguments; `changed` is of the phase."""
     agent, phase = make_agent(**options), make_phase(**changed)
     return agent, make_batch(), make_noise(agent.config, n=N if phase.cql_alpha else 0), phase
 
 
-def losses_trained(agent: Agent, phase: Phase) -> set[str]:
+def expected_losses(agent: Agent, phase: Phase) -> set[str]:
     names = {"critic"}
     if phase.trains_actor:
         names |= {"actor", "alpha"} if agent.config.use_automatic_entropy_tuning else {"actor"}
@@ -255,7 +255,7 @@ def trained_parameters(agent: Agent, loss: str) -> dict[str, Tensor]:
 def test_losses_equal_the_formulas(options, changed):
     agent, batch, noise, phase = make_update(options, changed)
     losses, _ = agent.losses(batch, noise, phase)
-    assert losses.keys() == losses_trained(agent, phase)
+    assert losses.keys() == expected_losses(agent, phase)
     values = {name: value.detach().numpy() for name, value in named_parameters(agent).items()}
     formulas = Formulas(values, values, batch, noise, agent.config, phase)
     for name in losses:
@@ -273,7 +273,7 @@ def test_gradients_equal_finite_differences(options, changed):
         trained = trained_parameters(agent, loss)
         gradients = torch.autograd.grad(losses[loss], list(trained.values()))
         for name, gradient in zip(trained, gradients):
-            # the entry that matters most, and any other
+            # the entry with the largest gradient, and a random one
             for entry in (int(gradient.abs().argmax()), int(random.integers(gradient.numel()))):
                 shifted = []
                 for step in (1e-6, -1e-6):
@@ -287,8 +287,8 @@ def test_gradients_equal_finite_differences(options, changed):
 
 
 @scenarios
-def test_gradients_lie_in_memory_as_their_parameters(options, changed):
-    """Where they do not, torch's fused Adam on a CPU takes a wrong step and does not say so."""
+def test_gradients_have_their_parameters_strides(options, changed):
+    """Otherwise torch's fused Adam on a CPU silently takes a wrong step."""
     agent, batch, noise, phase = make_update(options, changed)
     gradients, _ = agent.gradients(batch, noise, phase)
     for loss, values in gradients.items():
@@ -298,7 +298,7 @@ def test_gradients_lie_in_memory_as_their_parameters(options, changed):
 
 @pytest.mark.parametrize("changed", [{}, dict(cloning=True), dict(n_cloned=B)])
 def test_no_loss_reaches_what_it_does_not_train(changed):
-    """The policy's loss reaches the critics, on which it is built, but no optimizer takes that."""
+    """The actor's loss also has gradients for the critics, but no optimizer uses them."""
     agent, *arguments = make_update(
         dict(cql_lagrange=True, backup_entropy=True, bc_weight=0.7), changed
     )
@@ -353,7 +353,7 @@ def test_large_values_stay_finite_in_float32(weighted, level, monkeypatch):
         values = np.concatenate([uniform + A * math.log(2), policy - log_density], -1)
     else:
         values = np.concatenate([uniform, policy, data], -1)
-    # one level for all may leave logsumexp and difference alike
+    # subtracting the level from all values does not change the difference
     expected = np.log(np.exp(values - level).sum(-1)) - (data[..., 0] - level)
     np.testing.assert_allclose(metrics["cql_qf_diff"].numpy(), expected.mean(-1), rtol=1e-4)
 
@@ -405,10 +405,10 @@ def test_target_critics_are_drawn_uniformly_with_replacement(cql_alpha):
 
 
 @pytest.mark.parametrize("n", [0, 2])
-def test_noise_is_drawn_in_one_order_and_no_more_of_it_than_is_used(n):
-    """Without a regularizer nothing for its actions, and no critics where the target has them all.
+def test_noise_is_drawn_in_a_fixed_order_and_only_if_it_is_used(n):
+    """None for the actions of a regularizer that is off, or for critics if the target uses all.
 
-    So a run of the defaults draws what it drew before there were such options.
+    So a run with the defaults draws the same noise as before these options existed.
     """
     agent = small_agent(batch_size=8, cql_n_actions=2)
     torch.manual_seed(0)

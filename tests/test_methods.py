@@ -1,4 +1,4 @@
-"""What other methods than Cal-QL take: SAC's update, an actor that waits, a warm-up online."""
+"""What methods other than Cal-QL need: SAC's update, an actor that skips updates, a warm-up."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ SAC = {
 @pytest.mark.parametrize("online", [False, True])
 @pytest.mark.parametrize("options", SAC.values(), ids=SAC)
 def test_without_a_regularizer_updates_are_sacs(options, online):
-    """In the phase whose weight is 0; in the other one there is the regularizer."""
+    """In the phase whose weight is 0; the other phase has the regularizer."""
     weights = dict(cql_alpha=5.0, cql_alpha_online=0.0) if online else dict(cql_alpha=0.0)
     agent, batch = make_agent(**weights | options), make_batch()
     noise = make_noise(agent.config, n=0)
@@ -146,7 +146,7 @@ def test_a_multiplier_without_a_regularizer_stays_where_it_is():
 
 
 def draw_in_float64(agent: Agent) -> None:
-    """As its networks are."""
+    """Let the agent draw noise in float64, the type of its networks."""
     real = Agent.draw_noise
     agent.draw_noise = lambda phase: Noise(
         *(draw.double() if draw.is_floating_point() else draw for draw in real(agent, phase))
@@ -155,7 +155,7 @@ def draw_in_float64(agent: Agent) -> None:
 
 @pytest.fixture
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The Q-values of each pass through an ensemble."""
+    """The number of Q-values in each forward pass of an ensemble."""
     counts = []
     real = cal_ql.Critic.q_values
 
@@ -170,7 +170,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(
     ("options", "changed", "expected"),
-    [  # of each state: of the data's and the sampled actions, of the actor's, of the targets
+    [  # per state: for the data's and the sampled actions, the actor's action, the targets
         ({}, dict(cql_alpha=5.0), 2 * (1 + 3 * N) + 2 + 2),
         ({}, {}, 2 + 2 + 2),
         (dict(cql_max_target_backup=True), {}, 2 + 2 + 2 * N),
@@ -187,10 +187,10 @@ def test_no_more_q_values_are_computed_than_an_update_needs(options, changed, ex
     assert sum(evaluated) == expected * B
 
 
-# ---------------------------------------------------------------------------- what a phase is
+# ---------------------------------------------------------------------------- phases
 
 
-def test_a_phase_is_what_the_options_say_of_it():
+def test_a_phase_follows_from_the_options():
     options = dict(cql_alpha=5.0, cql_alpha_online=0.0, calibrate_online=False, bc_steps=1)
     agent = make_agent(**options, bc_weight=0.7, mixing_ratio=0.4, offline_iterations=0)
     assert agent.phase(online=False) == Phase(5.0, True, True, True, B)
@@ -211,7 +211,7 @@ def test_an_online_batch_without_offline_rows_clones_nothing():
 
 
 def test_the_cloned_rows_are_the_datas_own(monkeypatch: pytest.MonkeyPatch):
-    """Their mean log-density is logged; the online rows of a batch have no part in it."""
+    """Their mean log-density is logged; the online rows of a batch do not count."""
     agent, batch = make_agent(bc_weight=0.3), make_batch()
     policy = pi(agent, batch.observations)
     expected = -policy.log_prob(batch.actions.clamp(-1 + 1e-6, 1 - 1e-6))
@@ -233,7 +233,7 @@ def test_the_first_rows_of_an_online_batch_are_the_offline_ones(folder: Path):
     assert batch.observations[:n].any(1).all() and not batch.observations[n:].any()
 
 
-# ---------------------------------------------------------------------------- an actor that waits
+# ---------------------------------------------------------------------------- skipped updates
 
 
 def parameters_of(agent: Agent) -> dict[str, dict[str, Tensor]]:
@@ -245,7 +245,7 @@ def parameters_of(agent: Agent) -> dict[str, dict[str, Tensor]]:
 @pytest.mark.parametrize("period", [1, 3, 4])
 @pytest.mark.parametrize("offline", [0, 5])
 def test_actor_and_temperature_move_at_the_end_of_each_period_online(period, offline):
-    """Counted from the switch, wherever that is; offline and all else at every update."""
+    """Periods count from the switch. Offline, and in everything else, every update counts."""
     agent = make_agent(actor_update_period=period, offline_iterations=offline)
     draw_in_float64(agent)
     for number in range(offline + 9):
@@ -277,7 +277,7 @@ def test_each_metric_is_averaged_over_the_updates_that_had_it():
     assert means.means() == dict(c=7.0)
 
 
-def test_a_metric_that_is_absent_at_times_is_named_where_it_is_not_finite():
+def test_a_metric_that_some_updates_lack_is_named_if_it_is_not_finite():
     means = MeanMetrics()
     for step in range(1, 7):
         update = dict(qf1_loss=torch.tensor(1.0))
@@ -290,7 +290,7 @@ def test_a_metric_that_is_absent_at_times_is_named_where_it_is_not_finite():
 
 # ---------------------------------------------------------------------------- whole runs
 
-# to 60 offline, to 210 the warm-up in episodes of 150 steps, then 20 steps with 3 updates each
+# offline to step 60, warm-up to 210 (an episode of 150 steps), then 20 steps with 3 updates each
 WSRL = [*RUN, *"--env maze2d-open-v0 --online_iterations 170 --log_freq 25 --eval_freq 50".split()]
 WSRL += """--n_critics 4 --n_target_critics 2 --critic_layer_norm true --actor_layer_norm true
     --cql_alpha_online 0 --mixing_ratio 0.25 --bc_weight 0.5 --target_entropy -1
@@ -299,9 +299,9 @@ WSRL += """--n_critics 4 --n_target_critics 2 --critic_layer_norm true --actor_l
 
 @pytest.fixture(scope="module")
 def left_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list, dict]:
-    """The folder of a run that nothing disturbed; each update's step and metrics.
+    """The folder of an uninterrupted run; each update's step and metrics; its evaluations.
 
-    And at each evaluation's step, how many updates there had been, and a sum of each parameter.
+    By each evaluation's step: the number of updates so far, and the sum of each parameter.
     """
     folder = tmp_path_factory.mktemp("left_alone")
     updates, evaluations = [], {}
@@ -342,7 +342,7 @@ def test_a_warm_up_plays_and_changes_nothing(left_alone):
 
 
 def test_logged_means_are_over_the_updates_that_had_a_metric(left_alone):
-    """Also where the regularizer's metrics end, and where the actor waits."""
+    """Also when the regularizer's metrics end, and when the actor skips updates."""
     folder, updates, _ = left_alone
     known = {name for _, metrics in updates for name in metrics}
     found, since = {}, 0
@@ -399,10 +399,10 @@ def test_the_first_update_comes_with_the_first_episode_after_the_warm_up(
     assert steps == [*range(1, 8), *range(7 + first, 7 + first + 3)]
 
 
-def test_each_kind_of_update_is_compiled_where_a_signal_ends_the_run_at_once(
+def test_a_signal_ends_the_run_at_once_while_it_compiles_any_kind_of_update(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Also where the updates of one step are of two kinds: compiling takes half a minute."""
+    """Compiling takes half a minute. The updates of one step may be of two kinds."""
     stops, moments = [], []
     real = machine.Compiled.__call__
 
@@ -430,7 +430,7 @@ def test_a_run_may_end_in_its_warm_up_and_be_extended(left_alone, folder: Path):
     assert call(*shorter).returncode == 0
     assert newest(folder).name == "checkpoint_150.pt"
     assert call(*WSRL).returncode == 0
-    assert differences(left_alone[0], folder, aside=150) == []
+    assert differences(left_alone[0], folder, ignored_step=150) == []
 
 
 # ---------------------------------------------------------------------------- networks, memory
@@ -473,14 +473,14 @@ def test_an_actors_layer_norm_begins_as_the_identity_after_the_scaling():
 
 
 def needed(**options: Any) -> float:
-    """Bytes without which a run of these options is refused."""
+    """The bytes that a run with these options requires."""
     sizes = dict(hidden_dim=32, batch_size=64, n_critics=10, online_iterations=10)
     config = dataclasses.replace(parse(*RUN), **sizes | options)
     task = cal_ql.tasks.make(config.env, config.dataset_path)
     return machine.memory_needed(config, task.observation_dim, task.action_dim)
 
 
-def test_memory_for_sampled_actions_is_asked_for_where_there_are_some():
+def test_only_a_regularizer_needs_memory_for_sampled_actions():
     neither = dict(cql_alpha=0.0, cql_alpha_online=0.0)
     offline, online = dict(cql_alpha=5.0), dict(cql_alpha_online=5.0)
     everywhere = needed(**offline | online, cql_n_actions=10)
@@ -488,15 +488,15 @@ def test_memory_for_sampled_actions_is_asked_for_where_there_are_some():
     assert needed(**neither | online, cql_n_actions=10) == everywhere
     least = needed(**neither, cql_n_actions=10)
     assert least == needed(**neither, cql_n_actions=1000) < everywhere / 2
-    # what counts are the phases that there are
+    # phases without steps do not count
     no_offline = dict(offline_iterations=0, online_iterations=10)
     assert needed(**neither | offline | no_offline) == least
     no_online = dict(online_iterations=0, offline_iterations=10)
     assert needed(**neither | online | no_online) <= least
 
 
-def test_memory_that_is_asked_for_is_less_than_what_is_used():
-    """A lower bound: of the activations alone that the gradient keeps, LayerNorm's aside."""
+def test_the_required_memory_is_less_than_a_run_uses():
+    """A lower bound: it counts the activations kept for the gradient, without LayerNorm's."""
     saved = {}
     sizes = dict(cql_alpha=0.0, cql_alpha_online=0.0, n_critics=10, batch_size=512, hidden_dim=32)
     sizes |= dict(critic_layer_norm=True, actor_layer_norm=True, bc_weight=1.0, n_target_critics=2)

@@ -268,7 +268,7 @@ def test_an_extended_run_equals_one_that_was_longer(left_alone: Path, folder: Pa
     less = error_line(call(*RUN, "--online_iterations", 50))
     assert "online_iterations: found 50, expected 105 or more" in less
     assert call(*RUN).returncode == 0
-    assert differences(left_alone, folder, aside=165) == []
+    assert differences(left_alone, folder, ignored_step=165) == []
 
 
 def test_a_wrapping_buffer_resumes_exactly(folder: Path) -> None:

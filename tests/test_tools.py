@@ -74,7 +74,7 @@ def test_evaluate_names_what_is_wrong_in_one_line(
     assert code == 2 and error.count("\n") == 1 and named in error
 
 
-CONTENTS = {  # what is changed in a checkpoint, by which keys and values
+CONTENTS = {  # the keys of the changed part of a checkpoint, and its new value
     "no options": ("config", None),
     "a list for an option": ("config batch_size", [1]),
     "text for a number": ("config hidden_dim", "many"),
@@ -110,7 +110,7 @@ def test_ctrl_c_is_one_line_and_ends_the_workers(finished_run):
     assert "checkpoint_60.pt, on" in process.stdout.readline()
     time.sleep(0.5)  # the workers start
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, error = process.communicate(timeout=60)  # which ends when the last worker has
+    _, error = process.communicate(timeout=60)  # returns when the last worker has ended
     assert process.returncode == 130
     assert error == "evaluate.py: stopped: by SIGINT\n"
 
@@ -155,7 +155,7 @@ runs.errors.run_program(lambda: print(tools.film.make_renderer(model).render().s
 
 
 class Still:
-    """Stands for a renderer where no OpenGL is."""
+    """A stand-in for a renderer, which needs OpenGL."""
 
     def update_scene(self, data, camera):
         self.scene = None
@@ -187,7 +187,7 @@ def test_a_film_ends_with_its_episode_and_shows_no_other(still, tmp_path):
         filmed.save()
 
 
-def test_a_video_in_an_impossible_place_is_refused_at_once(
+def test_a_video_that_cannot_be_written_is_refused_at_once(
     still, finished_run, tmp_path, run_evaluate
 ):
     os.mkfifo(tmp_path / "x.gif")
@@ -288,7 +288,7 @@ TanhGaussianPolicy = FullyConnectedQFunction
 """
 
 
-def test_benchmark_says_what_is_not_corls_script(tmp_path):
+def test_benchmark_refuses_what_is_not_corls_script(tmp_path):
     (tmp_path / "cal_ql.py").write_text(CORLS)
     for path in (tmp_path / "cal_ql.py", tmp_path / "none.py"):
         done = call_tool(benchmark, "--against", path)
@@ -316,7 +316,7 @@ def test_benchmark_reports_a_run(tmp_path, monkeypatch):
     assert {name: value for part in shown for name, value in part.items()} == found
     assert len(shown) == 1 + len(benchmark.PARTS)
     assert found["offline transitions"] == 98_913
-    # float32: an observation of 4, an action of 2, three numbers; a next observation online alone
+    # float32: an observation of 4, an action of 2, three numbers; online also a next observation
     assert found["bytes per online transition"] == 4 * (4 + 2 + 3 + 4)
     assert found["bytes per offline transition"] == pytest.approx(4 * (4 + 2 + 3) + 8, rel=0.02)
     assert all(value > 0 for value in found.values() if not isinstance(value, str))

@@ -1,4 +1,4 @@
-"""What makes the update fast; for a GPU, shown without one: no waiting for it, and one graph."""
+"""Why updates are fast, tested without a GPU: they never wait for it, and each is one graph."""
 
 import contextlib
 import functools
@@ -37,14 +37,14 @@ def make_batch(seed: int, device: torch.device = CPU) -> Batch:
     return Batch(draw(8, S), draw(8, A).tanh(), draw(8), draw(8, S), terminals, draw(8))
 
 
-# An update after another method's: without a regularizer, of many critics; the actor may wait.
+# updates like WSRL's: no regularizer online, many critics, an actor that skips updates
 OTHER = dict(n_critics=4, n_target_critics=2, actor_layer_norm=True, cql_alpha_online=0.0)
 OTHER |= dict(bc_weight=0.5, actor_update_period=2, target_entropy=-1.0)
 
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> Iterator[None]:
-    """All agents' updates count as one function's, of which dynamo compiles no more than 8."""
+    """Reset dynamo: it counts all agents' updates as one function, and compiles that 8 times."""
     yield
     torch._dynamo.reset()
 
@@ -52,7 +52,7 @@ def nothing_compiled() -> Iterator[None]:
 # --------------------------------------------------------------------------- on the CPU
 
 
-def test_numbers_on_which_a_cpu_is_slow_count_as_zero():
+def test_denormals_count_as_zero():
     assert (torch.full((100,), 1e-30) * 1e-10 == 0).all()
 
 
@@ -69,8 +69,8 @@ def test_numbers_on_which_a_cpu_is_slow_count_as_zero():
     ],
 )
 def test_losses_and_gradients_run_where_there_are_no_values(changed, monkeypatch):
-    """Tensors on the meta device have a shape and no values, so nothing can look at one."""
-    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **options: None)  # refuses such
+    """Tensors on the meta device have shapes but no values: code that reads a value raises."""
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **options: None)  # refuses meta
     phase = make_phase(**changed)
     agent, batch = make_agent(META, **{} if phase.cql_alpha else OTHER), make_batch(0, META)
     gradients, metrics = agent.gradients(batch, agent.draw_noise(phase), phase)
@@ -89,13 +89,13 @@ def assert_same_updates(eager: Agent, compiled: Agent, numbers: range, online_fr
             batch, online = make_batch(number), number >= online_from
             for name, gradients in agent.compute_gradients(batch, agent.phase(online))[0].items():
                 for parameter, gradient in zip(agent.learned[name], gradients):
-                    assert gradient.stride() == parameter.stride()  # or fused Adam goes wrong
+                    assert gradient.stride() == parameter.stride()  # else fused Adam errs
             assert agent.phase(online) not in agent.phases_to_compile(online)
             torch.manual_seed(number)
             metrics.append(agent.update(batch, online))
         torch.testing.assert_close(*metrics)
     torch.testing.assert_close(dict(eager.named_parameters()), dict(compiled.named_parameters()))
-    assert compiled.graph.compiled  # and not given up
+    assert compiled.graph.compiled  # compiling has not failed
 
 
 @pytest.mark.parametrize(
@@ -106,14 +106,14 @@ def assert_same_updates(eager: Agent, compiled: Agent, numbers: range, online_fr
     ],
 )
 def test_every_kind_of_update_is_one_graph_and_computes_the_same(options, online_from, monkeypatch):
-    """Traced with `fullgraph`, so that whatever breaks the graph raises; run without a compiler."""
+    """Traced with `fullgraph`, so that a graph break raises; executed without a compiler."""
     eager = make_agent(**options)
     compiler = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compiler(f, **options))
     assert_same_updates(eager, make_agent(compile=True, **options), range(3), online_from)
 
 
-SMALL = dict(q_n_hidden_layers=1, cql_lagrange=False, backup_entropy=False)  # to compile
+SMALL = dict(q_n_hidden_layers=1, cql_lagrange=False, backup_entropy=False)  # compiles faster
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
@@ -128,7 +128,7 @@ def test_compiled_by_inductor(options, online_from):
 
 @torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
 def test_without_a_compiler_updates_are_eager_and_one_line_says_so(capsys):
-    torch._dynamo.reset()  # what was compiled before
+    torch._dynamo.reset()  # discards what was compiled before
     agents = make_agent(compile=True, **SMALL), make_agent(**SMALL)
     for agent in agents:
         torch.manual_seed(0)
@@ -139,7 +139,7 @@ def test_without_a_compiler_updates_are_eager_and_one_line_says_so(capsys):
 
 
 def test_a_signal_ends_a_run_while_it_compiles(tmp_path):
-    """The compiler takes an hour. What is saved then is the state before the first update."""
+    """The compiler takes an hour; the run saves the state before the first update."""
     called = tmp_path / "called"
     compiler = tmp_path / "c++"
     compiler.write_text(f"#!/bin/sh\ntouch {called}\nexec sleep 3600\n")
@@ -158,7 +158,7 @@ def test_a_signal_ends_a_run_while_it_compiles(tmp_path):
     assert saved["step"] == saved["updates"] == 0
 
 
-def test_what_is_drawn_ahead_does_not_count():
+def test_numbers_drawn_within_kept_random_states_do_not_count():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
