@@ -21,7 +21,7 @@ NAME = "pendulum/swing-up-v0"
 
 
 def controller(observation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Push until the energy is that of standing upright, then hold it; with much noise."""
+    """Push until the energy suffices to stand upright, then hold it, with much noise."""
     cosine, sine, speed = observation
     energy = speed**2 / 6.0 + 5.0 * cosine
     swing = 2.0 * np.sign(speed * (5.0 - energy))
@@ -47,7 +47,7 @@ def record(env: gymnasium.Env, seed: int) -> dict[str, list]:
 
 
 def main(root: str, n_episodes: int = 100) -> None:
-    folder = Path(root).resolve()  # Minari takes no relative one
+    folder = Path(root).resolve()  # Minari needs an absolute path
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["MINARI_DATASETS_PATH"] = str(folder)
     env = gymnasium.make("Pendulum-v1")  # the dataset stores its id, arguments and time limit

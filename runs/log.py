@@ -69,7 +69,7 @@ class MeanMetrics:
 
 
 def name_per_critic(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scalar metrics. Those with a value for each critic [C] are named as CORL names the first two.
+    """Scalar metrics. A metric with a value per critic, [C], becomes two scalars with CORL's names.
 
     `qf_loss` becomes `qf1_loss` and `qf2_loss`, `cql_q_rand` becomes `cql_q1_rand` and so on.
     Raises ValueError for a metric of another shape or name.
@@ -89,7 +89,7 @@ def name_per_critic(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Wandb:
-    """A W&B run. It records offline without a key or a server, and no problem of it stops training.
+    """A W&B run. Without a key or a server it records offline; its failures never stop training.
 
     The directory's wandb_id keeps the id that W&B used. A resumed run sends all its records again:
     W&B gets each at least once, and a record sent twice overwrites itself.
@@ -170,7 +170,7 @@ class Log:
         total_steps = self.offline_steps + config["online_iterations"]
         where = {"project": config["project"], "group": config["group"]}
         self.wandb = Wandb(directory, name=name, config=config, **where)
-        interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; log files want few lines
+        interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; fewer lines in log files
         self.bar = tqdm(total=total_steps, initial=step, unit="step", mininterval=interval)
         self.shown: dict[str, str] = {}
         self.interval_start = time.perf_counter()
@@ -198,7 +198,7 @@ class Log:
 
     @contextlib.contextmanager
     def paused(self, why: str = "") -> Iterator[None]:
-        """Within, time does not count as time of updates; the bar says `why`."""
+        """Within, time does not count for the rate of updates; the bar says `why`."""
         before = time.perf_counter()
         description = self.bar.desc
         if why:

@@ -121,7 +121,7 @@ def cpu_products(precision: str) -> Iterator[None]:
 
 @cpu_products("bf16")
 def rounds_to_bfloat16() -> bool:
-    """Whether products of a hidden layer's size are rounded here: tried, since no flag tells."""
+    """Whether products of a hidden layer's size are rounded here: a test, since no flag says so."""
     factor = torch.full((2, 256, 256), 1.001)  # in bfloat16 that is 1
     return bool((factor @ factor == 256.0).all())
 
@@ -196,7 +196,7 @@ def random_states() -> list[torch.Tensor]:
 
 
 def set_random_states(states: list[torch.Tensor]) -> None:
-    """Undo what was drawn since `random_states`."""
+    """Set the generators back to the states from `random_states`."""
     torch.set_rng_state(states[0].cpu())
     for number, state in zip(range(torch.cuda.device_count()), states[1:]):
         torch.cuda.set_rng_state(state.cpu(), number)

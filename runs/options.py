@@ -252,13 +252,13 @@ class ConfigParser(pyrallis.argparsing.ArgumentParser):
     """
 
     def __init__(self, config_class: type, ranges: Ranges):
-        epilog = "Of an option given twice the last value counts; --config_path adds to the others."
+        epilog = "If an option is given twice, the last value counts, except for --config_path."
         settings = dict(allow_abbrev=False, conflict_handler="resolve", epilog=epilog)
         # pyrallis would read the class' source anew for the comment of each option
         with mock.patch.object(inspect, "getsource", functools.cache(inspect.getsource)):
             super().__init__(config_class=config_class, **settings)
-        about = "YAML file of options. May be repeated: later files win over earlier ones, "
-        about += "the command line over all"
+        about = "YAML file of options. May be repeated: later files override earlier ones, "
+        about += "and the command line overrides all"
         # in the place of pyrallis' own, which takes one file
         self.add_argument("--config_path", action="append", metavar="path", help=about)
         self.add_argument("--_wandb", help=argparse.SUPPRESS)  # `wandb agent` adds it

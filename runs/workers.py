@@ -24,8 +24,8 @@ class WorkerDied(RunError):
 class Workers:
     """Calls `play(task, seed)` for several seeds, in `count` processes with a task each.
 
-    Without a count there is one for each core, 8 at most; there are never more than `most`. If
-    there is only one, this process plays, with the task given; others make theirs by `make_task`.
+    By default there is a process per core, at most 8, and never more than `most`. If there is only
+    one, it is this process, which plays `task`. Workers make their own tasks with `make_task`.
     """
 
     def __init__(self, count: Optional[int], most: int, task: Any, make_task: Callable[[], Any]):

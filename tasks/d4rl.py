@@ -75,10 +75,10 @@ class D4RL(Task):
 
 
 class Kitchen(D4RL):
-    """D4RL's kitchen with the data's rewards: each step pays the subtasks complete in its state.
+    """D4RL's kitchen with the data's rewards: the number of subtasks complete in the step's state.
 
-    D4RL's environment pays each subtask once, so a reward bias would make the same state worth less
-    online than offline. An episode ends when all subtasks are complete at once. The score is
+    D4RL's environment rewards each subtask once, so a reward bias would make the same state worth
+    less online than offline. An episode ends when all subtasks are complete at once. The score is
     D4RL's: the share of subtasks that were ever complete. Success means all of them.
     """
 

@@ -25,14 +25,15 @@ class Minari(GymnasiumTask):
     `root` (--dataset_path) is the root folder of Minari's datasets. By default it is
     $MINARI_DATASETS_PATH or Minari's own; a dataset that is not there is downloaded.
 
-    Dicts of observations are flattened: all keys of the dataset's space, in its order. Where data
-    and environment disagree, one rule holds for both:
+    Dicts of observations are flattened: all keys of the dataset's space, in its order. If data and
+    environment disagree, one rule holds for both:
 
     * AntMaze's episodes end at the goal, although the recordings continue there; the score is 100
       for reaching it. (Minari's reference adds up rewards at the goal. Its evaluation mazes for
       umaze are mirrored, Minari issue 304, so those are played in the mazes of the recordings.)
-    * Kitchen's steps pay the subtasks complete in their state. Episodes end when all of the data's
-      subtasks are complete at once; the score is the share of them that was ever complete.
+    * A Kitchen step's reward is the number of subtasks complete in its state. Episodes end when all
+      of the data's subtasks are complete at once; the score is the share of them that was ever
+      complete.
 
     In all other tasks the score is Minari's, times 100. Without reference scores it is 100 for
     success, and the return if the environment reports no success.
@@ -158,7 +159,7 @@ class Minari(GymnasiumTask):
 
 
 def open_dataset(minari: ModuleType, folder: Path, name: str) -> Any:
-    """The dataset in `folder`, checked before any code runs that it names.
+    """The dataset in `folder`, checked before any code that it names runs.
 
     Raises `InputError` if it is not a dataset with this id, or needs packages that are missing.
     """
@@ -206,7 +207,7 @@ def check_environment(spec: Any, folder: Path) -> None:
     if registered is None:
         raise InputError(
             f"dataset {folder}: its environment {spec.id!r} is not registered with gymnasium here, "
-            "and a dataset must run no code; docs/own_data.md says how yours is registered"
+            "and a dataset must run no code; docs/own_data.md says how to register yours"
         )
     found = entry_points(spec)
     expected = entry_points(registered)
@@ -284,7 +285,7 @@ except Exception as error:
 
 
 def minari_folder(name: str, root: Optional[str]) -> Path:
-    """The dataset's folder in `root`, or in Minari's own store, where it is downloaded if missing.
+    """The dataset's folder in `root`; without a root in Minari's store, downloaded if missing.
 
     Raises `InputError`, with the ids that are close to `name`, if it cannot be downloaded.
     """

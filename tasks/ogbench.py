@@ -19,8 +19,8 @@ class OGBench(GymnasiumTask):
     """A single task of OGBench, by its dataset's id: `cube-single-play-singletask-task2-v0`.
 
     As in the data, the state before a step determines its reward and whether it ends the episode.
-    Mazes and single cubes pay -1, or 0 at the goal. The others pay minus the number of subtasks
-    that are not complete.
+    Mazes and single cubes pay -1, or 0 at the goal. The others pay minus the number of incomplete
+    subtasks.
     """
 
     failure_reward = -1.0

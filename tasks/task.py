@@ -57,7 +57,7 @@ class Task:
         is_locomotion: whether `normalize_reward` applies.
         cell_size: in mazes whose observations begin with x and y, the side of a cell; see
             `find_jumps`. None elsewhere.
-        physics: the simulator, in a phrase.
+        physics: the simulator and its version, as text.
     """
 
     name: str
@@ -87,9 +87,8 @@ class Task:
         """The arrays of the dataset at `path`, one row per step, checked.
 
         Returns observations [N, S], actions [N, A] in [-1, 1] and rewards [N] in float32,
-        terminals [N] in bool; if the data has them, also next_observations [N, S] and timeouts [N],
-        in Minari's truncations [N] instead; jumps [N] if there are any. `episode_ends` says what
-        they mean.
+        terminals [N] in bool. If the data has them, also next_observations [N, S], timeouts [N]
+        (Minari's data: truncations [N]) and jumps [N]. `episode_ends` says what they mean.
         """
         raise NotImplementedError
 

@@ -1,9 +1,9 @@
-"""Measure how close a configuration trains to the limit of this machine.
+"""Measure how fast a configuration trains, and how close this is to the machine's limit.
 
     python tools/benchmark.py --config_path configs/antmaze.yaml --env antmaze-umaze-v2
 
 Takes the options of cal_ql.py and those below; docs/benchmark.md explains the figures. The data is
-random, with the task's sizes, unless --dataset_path names some: speed does not depend on values.
+random, with the task's sizes, unless --dataset_path is given: speed does not depend on values.
 Every figure is the median of interleaved repeats, since machines are noisy.
 
 The bound is the rate at which this machine could do an update that consists only of its matrix
@@ -59,7 +59,7 @@ class Subject(NamedTuple):
 
 
 def seconds(work: Callable, device: torch.device, count: int = 1) -> float:
-    """Of one call, averaged over `count`: by the GPU's clock, or by the CPU's."""
+    """Time of a call of `work`, averaged over `count` calls; on CUDA measured by CUDA events."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -74,15 +74,15 @@ def seconds(work: Callable, device: torch.device, count: int = 1) -> float:
     return (time.perf_counter() - begin) / count
 
 
-def calls_a_round(work: Callable, device: torch.device) -> int:
-    """As many as take a second, or 0.3 s of a GPU; at least 2. The first calls do not count."""
+def calls_per_round(work: Callable, device: torch.device) -> int:
+    """How many calls take a second (0.3 s on a GPU); at least 2. The first calls are a warm-up."""
     seconds(work, device, 3)
     duration = 0.3 if device.type == "cuda" else 1.0
     return max(2, round(duration / seconds(work, device, 3)))
 
 
 def write_random_data(path: Path, task: tasks.Task, n: int) -> None:
-    """A file in D4RL's layout."""
+    """Write n random rows in D4RL's layout."""
     random = np.random.default_rng(0)
     rows = np.arange(n)
     with h5py.File(path, "w") as file:
@@ -98,7 +98,7 @@ def write_random_data(path: Path, task: tasks.Task, n: int) -> None:
 
 
 class Variant(NamedTuple):
-    """A way to do an update."""
+    """One implementation of the update."""
 
     name: str
     precision: str
@@ -114,7 +114,7 @@ def precisions(config: cal_ql.Config, device: torch.device) -> list[str]:
 
 
 def new_agents(subject: Subject) -> dict[str, cal_ql.Agent]:
-    """One that is not compiled, and one that is compiled when it is first called."""
+    """An eager agent, and one that is compiled at its first update."""
     task, device = subject.run.task, subject.run.agent.device
     return {
         name: cal_ql.Agent(
@@ -133,7 +133,7 @@ def is_compiled(agent: cal_ql.Agent) -> bool:
 
 
 def make_variants(subject: Subject, batch: cal_ql.Batch, precision: str) -> Iterable[Variant]:
-    """Ours, eager and compiled (where that works), and CORL's update, on the same batch."""
+    """Our update, eager and compiled (if that works), and CORL's, on the same batch."""
     config, device = subject.config, subject.run.agent.device
     machine.resolve_device(str(device), precision)
     agents = new_agents(subject)
@@ -153,7 +153,7 @@ def make_variants(subject: Subject, batch: cal_ql.Batch, precision: str) -> Iter
 
 
 def measure_update(subject: Subject) -> Figures:
-    """The bounds at each precision, and how close to them each way to do an update comes."""
+    """The bounds at each precision, and how close to them each variant comes."""
     config, device = subject.config, subject.run.agent.device
     batch = subject.run.dataset.sample(config.batch_size)
     found = precisions(config, device)
@@ -176,13 +176,13 @@ def measure_update(subject: Subject) -> Figures:
 def find_bounds(
     subject: Subject, moved: float, copying: float, times: dict[str, float]
 ) -> tuple[dict[str, float], Figures]:
-    """The bound by precision, in updates/s, and what it comes from."""
+    """The bound at each precision, in updates/s, and the figures behind it."""
     config, task = subject.config, subject.run.task
     phase = subject.run.agent.phase(online=False)
     needed = roofline.flops(config, phase, task.observation_dim, task.action_dim)
     figures: Figures = {
-        "an update, GFLOP": needed / 1e9,
-        "an update, MB moved at least": moved / 1e6,
+        "GFLOP per update": needed / 1e9,
+        "MB moved per update, at least": moved / 1e6,
         "copying, GB/s": copying / 1e9,
         "bound by moving, updates/s": copying / moved,
     }
@@ -206,7 +206,7 @@ def interleaved(
         for name, (precision, work) in works.items():
             machine.resolve_device(str(device), precision)
             if number == 0:
-                counts[name] = calls_a_round(work, device)
+                counts[name] = calls_per_round(work, device)
             else:
                 times[name].append(seconds(work, device, counts[name]))
     return {name: statistics.median(values) for name, values in times.items()}
@@ -250,7 +250,7 @@ def train_steps(subject: Subject, n: int, online: bool) -> None:
 
 
 def measure_loops(subject: Subject) -> Figures:
-    """Both phases as they are trained, and how an online step divides into its parts."""
+    """The speed of both training loops, and the parts of an online step."""
     times = loop_times(subject)
     device = subject.run.agent.device
     step = times["online"] + times["play"]
@@ -272,7 +272,7 @@ def measure_loops(subject: Subject) -> Figures:
 
 
 def loop_times(subject: Subject) -> dict[str, float]:
-    """Seconds of an update and of sampling, and of a step of either loop and of playing one."""
+    """Seconds of an update, of sampling a batch, of a step of each loop, of playing a step."""
     run, config, device = subject.run, subject.config, subject.run.agent.device
     machine.resolve_device(str(device), config.precision)
     batch = run.dataset.sample(config.batch_size)
@@ -283,9 +283,9 @@ def loop_times(subject: Subject) -> dict[str, float]:
         episode = cal_ql.play_episode(run.task, len(lengths), actor, scaling, explore=True)
         lengths.append(len(episode.rewards))
 
-    run.play(subject.stop)  # something online to learn from
-    run.progress.warmup_end = 0  # at once
-    n = calls_a_round(subject.update, device)
+    run.play(subject.stop)  # an online episode to learn from
+    run.progress.warmup_end = 0  # so that updates begin at once
+    n = calls_per_round(subject.update, device)
     works: dict[str, Callable] = {
         "update": lambda: run.agent.update(batch, online=False),
         "sample": lambda: run.dataset.sample(config.batch_size),
@@ -308,7 +308,7 @@ def loop_times(subject: Subject) -> dict[str, float]:
 
 
 def measure_evaluation(subject: Subject) -> Figures:
-    """Environment steps a second, by the number of processes, once these have started."""
+    """Environment steps/s by the number of processes, without the time of their start."""
     run, config = subject.run, subject.config
     policy = {"actor": copy.deepcopy(run.agent.actor).cpu(), "scaling": run.dataset.scaling}
     play = functools.partial(cal_ql.play_episode, **policy, explore=False)
@@ -358,7 +358,7 @@ def measure_memory(subject: Subject) -> Figures:
 
 
 def measure_kernels(subject: Subject) -> Figures:
-    """Kernels of an update; on a GPU as they ran, on a CPU as a GPU would start them."""
+    """Kernels of an update: on a GPU those that ran, on a CPU those that a GPU would launch."""
     config, task, device = subject.config, subject.run.task, subject.run.agent.device
     machine.resolve_device(str(device), config.precision)
     batch = subject.run.dataset.sample(config.batch_size)
@@ -367,24 +367,24 @@ def measure_kernels(subject: Subject) -> Figures:
         figures = kernels.shares(lambda: agents["eager"].update(batch, online=False))
         for name in agents:
             count = kernels.expected_kernels(config, task, name == "compiled")
-            figures[f"kernels an update, {name}"] = count
+            figures[f"kernels per update, {name}"] = count
         return figures
     figures = {}
     for name, agent in agents.items():
         update = functools.partial(agent.update, batch, online=False)
         seconds(update, device, 4)
         found = kernels.on_gpu(update, device)
-        figures[f"kernels an update, {name}"] = found.kernels
-        figures[f"launches an update, {name}"] = found.launches
-        figures[f"copies and fills an update, {name}"] = found.copies
-        figures[f"time of all of these an update, {name}, ms"] = 1e3 * found.seconds
+        figures[f"kernels per update, {name}"] = found.kernels
+        figures[f"launches per update, {name}"] = found.launches
+        figures[f"copies and fills per update, {name}"] = found.copies
+        figures[f"time of all of these per update, {name}, ms"] = 1e3 * found.seconds
     return figures
 
 
 # ---------------------------------------------------------------------------- the report
 
 PARTS: dict[str, Callable[[Subject], Figures]] = {
-    "memory": measure_memory,  # first, since all others add to it
+    "memory": measure_memory,  # first, since all other parts use more
     "update": measure_update,
     "loops": measure_loops,
     "evaluation": measure_evaluation,
@@ -418,7 +418,7 @@ def make_subject(
 
 
 def benchmark(subject: Subject, parts: Iterable[str], show: Callable[[Figures], None]) -> Figures:
-    """All figures of these parts; `show` gets those of each as soon as it is measured."""
+    """All figures of these parts; `show` gets each part's as soon as it is measured."""
     processor = machine.provenance()["processor"]
     figures: Figures = {"processor": processor, "threads": torch.get_num_threads()}
     figures["device"] = str(subject.run.agent.device)
@@ -452,11 +452,11 @@ def parse_parts(text: str) -> list[str]:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--json", action="store_true", help="a JSON object a part, one a line")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON per part")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--transitions", type=int, default=1_000_000, help="of random data")
-    parser.add_argument("--parts", default=",".join(PARTS), help="of these, some (%(default)s)")
-    parser.add_argument("--against", type=Path, help="CORL's cal_ql.py, to time its update, too")
+    parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    parser.add_argument("--against", type=Path, help="CORL's cal_ql.py, to time its update too")
     args, options = parser.parse_known_args()
     for name, least in (("repeats", 1), ("transitions", 2)):
         if (found := getattr(args, name)) < least:
@@ -464,7 +464,7 @@ def main() -> None:
     parts = parse_parts(args.parts)
     config = cal_ql.parse_config(options)
     if args.against:
-        corl.load_module(args.against)  # which says at once if it is none
+        corl.load_module(args.against)  # raises at once if it is not CORL's
     with tempfile.TemporaryDirectory() as directory:
         config = dataclasses.replace(config, checkpoints_path=directory, log_freq=10)
         subject = make_subject(config, args.repeats, args.transitions, args.against)
@@ -472,4 +472,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os._exit(run_program(main, "benchmark.py"))  # an exit would wait for what the compiler started
+    os._exit(run_program(main, "benchmark.py"))  # an exit would wait for the compiler's processes

@@ -2,8 +2,8 @@
 
     python tools/evaluate.py output/RUN --episodes 100 --video episode.gif
 
-RUN is a checkpoint or a run directory, of which the newest checkpoint is used. The policy takes its
-mean actions. Intervals are 95 % confidence intervals: of the mean by Student's t, of the success
+RUN is a checkpoint, or a run directory, whose newest checkpoint is used. The policy plays its mean
+actions. Intervals are 95 % confidence intervals: of the mean by Student's t, of the success
 rate by Wilson's score. The video shows the first episode, rendered offscreen. For an ant's maze the
 GIF loops, plays at about twice the ant's speed and has a few hundred kilobytes.
 """

@@ -25,7 +25,7 @@ ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace's event
 
 
 def shares(update: Callable) -> dict[str, float]:
-    """Of the CPU's time in an update, by kind of operator."""
+    """The share of each kind of operator in the CPU time of an update."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         update()
     events = profiled.key_averages()
@@ -34,21 +34,21 @@ def shares(update: Callable) -> dict[str, float]:
         kind: sum(event.self_cpu_time_total for event in events if event.key in names) / total
         for kind, names in KINDS.items()
     }
-    spent["all else"] = 1.0 - sum(spent.values())
+    spent["everything else"] = 1.0 - sum(spent.values())
     return {f"share of the update's time: {kind}": share for kind, share in spent.items()}
 
 
 class OnGPU(NamedTuple):
-    """What one call of a function has a GPU do."""
+    """What a GPU does in one call of a function."""
 
     kernels: float
-    launches: float  # calls by which the CPU starts them: one for a captured graph
+    launches: float  # by the CPU; one for a captured graph
     copies: float  # and fills
-    seconds: float  # that all of it takes there, the gaps between them aside
+    seconds: float  # of GPU time for all of these, without the gaps between them
 
 
 def on_gpu(work: Callable, device: torch.device, count: int = 10) -> OnGPU:
-    """Of a call of `work`, averaged over `count`, by torch's profiler."""
+    """Profile `count` calls of `work`; the averages per call."""
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with profile(activities=activities) as profiled:
         for _ in range(count):
@@ -62,13 +62,13 @@ def on_gpu(work: Callable, device: torch.device, count: int = 10) -> OnGPU:
 
 
 def summarize(events: list[dict[str, Any]], count: int) -> OnGPU:
-    """Of the events of a trace of `count` calls."""
-    there = [event for event in events if event.get("cat") in ON_GPU]
-    kernels = sum(event["cat"] == "kernel" for event in there)
-    starts = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
-    launches = sum("Launch" in event["name"] for event in starts)
-    microseconds = sum(event["dur"] for event in there)
-    copies = len(there) - kernels
+    """The averages per call from the events of a trace of `count` calls."""
+    on_device = [event for event in events if event.get("cat") in ON_GPU]
+    kernels = sum(event["cat"] == "kernel" for event in on_device)
+    runtime = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+    launches = sum("Launch" in event["name"] for event in runtime)
+    microseconds = sum(event["dur"] for event in on_device)
+    copies = len(on_device) - kernels
     return OnGPU(kernels / count, launches / count, copies / count, microseconds / 1e6 / count)
 
 
@@ -94,7 +94,7 @@ def count_kernels(event: torch.autograd.profiler_util.FunctionEvent) -> int:
 
 
 def expected_kernels(config: cal_ql.Config, task: tasks.Task, compiled: bool) -> int:
-    """Kernels an update, counted by profiling the path of a GPU on the CPU, in small sizes."""
+    """Kernels per update on a GPU: its code path is profiled on the CPU, with small sizes."""
     config = dataclasses.replace(config, compile=compiled, batch_size=8, hidden_dim=32)
     agent = cal_ql.Agent(task.observation_dim, task.action_dim, config, torch.device("cpu"))
     batch = cal_ql.Batch(

@@ -22,7 +22,7 @@ class Published(NamedTuple):
 
     task: str
     method: str
-    source: str  # its name, a comma, and where there
+    source: str  # its name, a comma, and the place in it
     offline_iterations: int
     online_iterations: int
     offline_score: float  # normalized, after the offline phase
@@ -42,7 +42,7 @@ class Published(NamedTuple):
         return self.offline_iterations, self.online_iterations
 
     def error(self, deviation: float) -> float:
-        """The standard error of a mean, from the deviation of so many seeds (divided by n)."""
+        """The standard error of a mean, from the standard deviation over seeds (divided by n)."""
         return deviation / math.sqrt(self.seeds - 1) if self.seeds > 1 else math.nan
 
 
@@ -72,8 +72,8 @@ def read_published(path: Path) -> list[Published]:
 def read_corl(path: Path) -> Curves:
     """The curves in CORL's results/bin/finetune_scores.pickle, of each seed in both phases.
 
-    It holds {method: {task: [(offline scores, online scores, regret) of each seed]}}: evaluations
-    at equal distances, the last of each phase at its end. Raises `InputError` for another file.
+    It holds {method: {task: [(offline scores, online scores, regret) of each seed]}}. Evaluations
+    are evenly spaced and end with the phase. Raises `InputError` for any other file.
     """
     from tasks.adroit import unpickle  # which calls nothing that a file names
 

@@ -12,9 +12,9 @@ Cal-QL, CQL (`calibrate: false`), WSRL or RLPD, or by the option `name` if that 
 RLPD have an ensemble of critics, and no regularizer online; WSRL an offline phase or `load_model`,
 a warm-up and no offline data online, RLPD no offline phase and offline data.
 
-Then follows each option whose value is not the method's in configs/methods/ or, of other options,
-not that of most methods on the task. On a tie the default is the usual value; if the default is not
-among the tied values, every method shows its own.
+Options follow the name: those that differ from WSRL's or RLPD's file in configs/methods/, and among
+all others those that differ from most methods on the task. On a tie the default counts as the usual
+value; if it is not among the tied values, every method shows its own.
 
 Below a task's scores, pictures show the values that the regularizer moves: the critics' mean value
 of the data's actions and of the policy's (in Cal-QL no lower than the bound, as in the loss), the
@@ -22,9 +22,9 @@ bound, which is the mean return-to-go, and the share of the policy's actions val
 point is a mean over the updates since the last evaluation. Older files of --csv lack these columns
 and only give scores.
 
-results/published.csv has scores that others published. If a run has the same task and method, they
-are a row of the table and marks at the switch and at the end, for any number of steps; --published
-none leaves them out. CORL's "Cal-QL" trains online by plain CQL.
+results/published.csv has scores that others published. If a run has the same task and method, the
+table shows them as a row and the picture as marks at the switch and at the end, for any number of
+steps; --published none leaves them out. CORL's "Cal-QL" trains online with plain CQL.
 """
 
 import argparse
@@ -75,14 +75,14 @@ PHRASES = {  # instead of an option and its value
 }
 COUNTS = "seed", "offline_iterations", "online_iterations"
 COLUMNS = "task", "method", *COUNTS, "step", "score", "success_rate", "regret"  # of a CSV file
-VALUES = {  # more columns, of runs that have them: the metrics of which each is the mean
+VALUES = {  # optional columns: each is the mean of these metrics
     "data_value": ("average_qf1", "average_qf2"),
     "policy_value": ("cql_q1_current_actions", "cql_q2_current_actions"),
     "bound": ("average_return_to_go",),
     "share_below": ("bound_rate_cql_q1_current_actions", "bound_rate_cql_q2_current_actions"),
 }
 UNKNOWN = (math.nan,) * len(VALUES)
-LINES = {  # how the values are drawn, the share aside
+LINES = {  # how the values are drawn, except the share
     "data_value": ("value of data's actions", "solid"),
     "policy_value": ("value of policy's actions", "dashed"),
     "bound": ("bound (return-to-go)", "dotted"),
@@ -105,32 +105,32 @@ class Run(NamedTuple):
     source: str  # where it was read
     task: str
     method: str  # "" until `label_methods`, unless read from a CSV file
-    options: dict[str, str]  # those that may make a method; {} if read from a CSV file
+    options: dict[str, str]  # those that distinguish methods; {} if read from a CSV file
     seed: int
     switch: int  # step at which the offline phase ends
-    end: int  # step at which the run is to end
-    steps: np.ndarray  # [n], updates offline, from there on environment steps
+    end: int  # its planned last step
+    steps: np.ndarray  # [n], updates offline, then environment steps
     scores: np.ndarray  # [n], normalized
     successes: np.ndarray  # [n], share of the evaluation episodes; NaN where a task has no goal
     regrets: np.ndarray  # [n], mean of 1 - success over the training episodes so far, or NaN
-    values: np.ndarray  # [n, 4], VALUES since the evaluation before, NaN where they are not known
+    values: np.ndarray  # [n, 4], VALUES since the last evaluation, NaN if they are not known
 
     @property
     def ended(self) -> bool:
         return self.steps[-1] >= self.end
 
     def positions(self, by_share: bool = False) -> np.ndarray:
-        """Of the evaluations, [n]: steps after the switch, or shares of the phases, -1 to 1."""
+        """When evaluations were, [n]: steps after the switch, or shares of the phases, -1 to 1."""
         steps = self.steps - self.switch
         lengths = np.where(steps < 0, self.switch, max(self.end - self.switch, 1))
         return steps / lengths if by_share else steps
 
     def scores_at(self, positions: Any, by_share: bool = False) -> Any:
-        """Linear between evaluations; NaN before the first and after the last."""
+        """Scores, linear between evaluations; NaN before the first and after the last."""
         return np.interp(positions, self.positions(by_share), self.scores, np.nan, np.nan)
 
     def values_at(self, positions: np.ndarray, column: str) -> np.ndarray:
-        """Those of `VALUES`, likewise."""
+        """A column of `VALUES`, interpolated in the same way."""
         values = self.values[:, list(VALUES).index(column)]
         known = ~np.isnan(values)
         if not known.any():
@@ -159,7 +159,7 @@ def make_run(
 ) -> Run:
     """A run by its `COUNTS` and by the score, success rate, regret and `VALUES` at each step.
 
-    Raises ValueError, TypeError or OverflowError if a value cannot be a run's.
+    Raises ValueError, TypeError or OverflowError if a value is impossible.
     """
     for text in (task, method, *options):
         if not isinstance(text, str):
@@ -187,7 +187,7 @@ def make_run(
 
 
 def read_options(file: Path) -> dict[str, Any]:
-    """The options in a YAML file, those of other code as text."""
+    """The options in a YAML file; options that cal_ql.py does not have stay text."""
     kinds = cal_ql.Config.__annotations__
     texts = read_config_file(str(file))
     return {k: cast_option(k, v, kinds[k]) if k in kinds else v for k, v in texts.items()}
@@ -210,9 +210,9 @@ def as_text(options: dict[str, Any]) -> dict[str, str]:
 
 
 def method_options(options: dict[str, Any]) -> dict[str, str]:
-    """The options that may make a method, as text; under "" how the method's name begins."""
+    """The options that distinguish methods, as text; "" has the first part of the method's name."""
     chosen = {key: value for key, value in options.items() if key not in NO_METHOD}
-    chosen["dataset_path"] = str(options["dataset_path"]).rpartition("/")[2]  # wherever it lies
+    chosen["dataset_path"] = str(options["dataset_path"]).rpartition("/")[2]  # without its folder
     chosen["load_model"] = bool(options["load_model"])  # each seed may start from its own
     is_named = options["name"] != cal_ql.Config.name
     chosen[""] = options["name"] if is_named else algorithm(options)
@@ -221,7 +221,7 @@ def method_options(options: dict[str, Any]) -> dict[str, str]:
 
 @functools.cache
 def options_in_name(name: str) -> dict[str, str]:
-    """The options, as text, that WSRL or RLPD has by its name."""
+    """The options in the file of WSRL or RLPD, as text; {} for other methods."""
     if name not in ("WSRL", "RLPD"):
         return {}
     file = METHODS / f"{name.lower()}.yaml"
@@ -233,11 +233,11 @@ def read_run(directory: Path) -> list[Run]:
     metrics = directory / "metrics.jsonl"
     options = read_options(config)
     check_regular(metrics)
-    lines = metrics.read_bytes().split(b"\n")[:-1]  # without a torn one
+    lines = metrics.read_bytes().split(b"\n")[:-1]  # without an incomplete last line
     evaluations = {}
     regret = np.nan
-    since = [UNKNOWN]  # the evaluation before
-    for record in json.loads(b"[" + b",\n".join(lines) + b"]"):  # errors tell the file's line
+    since = [UNKNOWN]  # VALUES since the last evaluation
+    for record in json.loads(b"[" + b",\n".join(lines) + b"]"):  # errors name the file's line
         regret = record.get(REGRET, regret)
         if "average_qf1" in record:
             since.append(values_in(record))
@@ -256,7 +256,7 @@ def read_run(directory: Path) -> list[Run]:
 
 
 def values_in(record: dict[str, Any]) -> list[float]:
-    """`VALUES` of a record of updates; NaN for one that it lacks, as those of older runs do."""
+    """`VALUES` of a record of updates; NaN for those that it lacks, as in older runs."""
     found = ([record[name] for name in names if name in record] for names in VALUES.values())
     return [sum(values) / len(values) if values else math.nan for values in found]
 
@@ -294,9 +294,9 @@ def read_all(paths: list[Path]) -> tuple[list[Run], list[str]]:
 
 
 def usual_values(methods: list[dict[str, str]]) -> dict[str, Any]:
-    """Of each option the value that most methods have; on a tie the default.
+    """The value of each option that most methods have; on a tie the default.
 
-    A method whose name tells the option does not count.
+    Methods whose file in configs/methods/ sets the option do not count.
     """
     usual = {}
     default = method_options(vars(cal_ql.Config()))
@@ -326,15 +326,15 @@ def label_methods(runs: list[Run]) -> list[Run]:
         parts = [name := run.options.get("", run.method)]
         expected = usual.get(run.task, {}) | options_in_name(name)
         for option, value in run.options.items():
-            told = option == "" or option == "calibrate" and name in ("Cal-QL", "CQL")
-            if not told and value != expected[option]:
+            in_name = option == "" or option == "calibrate" and name in ("Cal-QL", "CQL")
+            if not in_name and value != expected[option]:
                 parts.append(phrase(option, value))
         labelled.append(run._replace(method=", ".join(parts)))
     return labelled
 
 
 def without_duplicates(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    """Keep the run that got farthest of each task, method and seed; a line for each other one."""
+    """The longest run of each task, method and seed; a line for each run that is left out."""
     kept: dict[tuple, Run] = {}
     lines = []
     for run in sorted(runs, key=lambda run: -run.steps[-1]):
@@ -353,9 +353,9 @@ def counted(runs: list[Run]) -> list[Run]:
 def group_runs(runs: list[Run]) -> dict[str, Group]:
     """Group the runs by what is shown together: each task, then all tasks.
 
-    "All tasks" are those on which runs have ended. It has the methods that have ended on each of
-    them, and only runs that have ended. Short names come first, so that Cal-QL and CQL have the
-    same colours in every picture.
+    "All tasks" has the tasks on which runs have ended, the methods that have ended on each of them,
+    and only ended runs. Short names come first, so that Cal-QL and CQL have the same colours in
+    every picture.
     """
     groups = defaultdict(dict)
     ended = defaultdict(dict)
@@ -406,15 +406,15 @@ def interval(samples: list[np.ndarray], statistic: Callable, resamples: int = 10
 
 SCORES = "task|method|seeds|steps|score|IQM of the score|online area|success|regret".split("|")
 IMPROVEMENT = "task|method|over|probability of improvement".split("|")
-EXPLANATION = """Seeds: in parentheses how much of a run is done; a run counts before its end only
-if no run of the method has ended. Steps: offline updates + online environment steps. Score:
+EXPLANATION = """Seeds: in parentheses the finished share of a run; unfinished runs count only if
+no run of the method has ended. Steps: offline updates + online environment steps. Score:
 normalized, after the offline phase → at the end; mean ± standard error over seeds. IQM:
 interquartile mean over runs, and the 95 % interval of a bootstrap over the seeds of each task and
 method. Online area: area under the online phase's scores divided by its length, a mean score.
 Success: share of the last evaluation's episodes. Regret: mean of 1 - success over the training
 episodes. Probability of improvement: that a run of the first method ends higher than one of the
 second; a tie counts one half. All tasks: the methods that have ended on each; mean over tasks, IQM
-over all runs. By others: as they published it, with the standard error of their seeds. Curves: IQM
+over all runs. By others: as published, with the standard error over seeds. Curves: IQM
 and its interval."""
 
 
@@ -442,8 +442,8 @@ def with_interval(
 def score_row(title: str, name: str, tasks: list[list[Run]]) -> list[str]:
     used = [counted(runs) for runs in tasks]
 
-    def values(of: Callable[[Run], float]) -> list[np.ndarray]:
-        return [np.array([of(run) for run in runs]) for runs in used]
+    def values(quantity: Callable[[Run], float]) -> list[np.ndarray]:
+        return [np.array([quantity(run) for run in runs]) for runs in used]
 
     offline = values(lambda run: run.scores_at(0.0))
     end = values(lambda run: run.scores[-1])
@@ -528,7 +528,7 @@ def draw_scores(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
             axes.fill_between(positions, bounds.low, bounds.high, **band)
         for run in (run for runs in tasks for run in runs if not run.ended):
             axes.plot(run.positions(by_share), run.scores, **styles[name] | RUNNING, linewidth=1)
-    dress(axes, "normalized score")
+    style_axes(axes, "normalized score")
     axes.set_xlabel("share of each phase" if by_share else "offline updates | online steps")
     if by_share:
         axes.set_xticks([-1, 0, 1], ["start", "switch", "end"])
@@ -537,7 +537,7 @@ def draw_scores(axes: Axes, group: Group, styles: dict[str, dict]) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def dress(axes: Axes, label: str) -> None:
+def style_axes(axes: Axes, label: str) -> None:
     axes.axvline(0, **SWITCH)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -545,7 +545,7 @@ def dress(axes: Axes, label: str) -> None:
 
 
 def has_values(group: Group) -> bool:
-    """Whether it is a single task of which some run has `VALUES`."""
+    """Whether the group is a single task and any of its runs has `VALUES`."""
     all_runs = [runs for tasks in group.values() for runs in tasks]
     known = any(not np.isnan(run.values).all() for runs in all_runs for run in runs)
     return known and len(next(iter(group.values()))) == 1
@@ -556,7 +556,7 @@ def draw_values(panels: list[Axes], group: Group, styles: dict[str, dict]) -> No
     scores, values, share = panels
     for name, (runs,) in group.items():
         used = [run for run in counted(runs) if not np.isnan(run.values).all()]
-        if not used:  # all are of older files
+        if not used:  # all come from older files
             continue
         positions = np.unique(np.concatenate([run.positions() for run in used]))
         for column in VALUES:
@@ -568,8 +568,8 @@ def draw_values(panels: list[Axes], group: Group, styles: dict[str, dict]) -> No
             where = share if is_share else values
             look = dict(color=styles[name]["color"], linestyle=style, linewidth=1.3)
             where.plot(positions[known], mean, **look)
-    dress(values, "value, bound")
-    dress(share, "below bound")
+    style_axes(values, "value, bound")
+    style_axes(share, "below bound")
     share.yaxis.label.set_fontsize("small")
     share.set_ylim(-0.03, 1.03)
     share.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -582,7 +582,7 @@ def draw_values(panels: list[Axes], group: Group, styles: dict[str, dict]) -> No
 def draw_others(
     axes: Axes, group: Group, styles: dict[str, dict], others: list[Published], curves: Curves
 ) -> None:
-    """Draw what others published of the group's task and methods, by the share of each phase.
+    """Draw published scores of the group's task and methods, scaled to the runs' phases.
 
     A mark is filled where their phases have as many steps as the runs', else hollow.
     """
@@ -640,7 +640,7 @@ def draw_figure(
     labels = legend_labels(groups, styles, others, curves or {})
     columns = min(len(groups), 4 if len(groups) % 4 == 0 else 3)
     rows = [list(groups)[start : start + columns] for start in range(0, len(groups), columns)]
-    heights = []  # of the scores alone or, in a row in which a task has values, of three panels
+    heights = []  # of a row's panels: scores, and if a task in the row has values, two more
     for row in rows:
         in_three = any(has_values(groups[title]) for title in row)
         heights.append([2.5, 1.7, 1.0] if in_three else [2.7])

@@ -23,7 +23,7 @@ def n_critic_rows(config: cal_ql.Config, phase: cal_ql.Phase) -> int:
 def flops(
     config: cal_ql.Config, phase: cal_ql.Phase, observation_dim: int, action_dim: int
 ) -> float:
-    """Floating-point operations of the matrix products that one update cannot do without."""
+    """Floating-point operations of the matrix products that an update needs."""
     batch, n, hidden = config.batch_size, config.cql_n_actions, config.hidden_dim
 
     def critics(rows: int, n_critics: int = config.n_critics) -> tuple[int, int]:
@@ -49,7 +49,7 @@ def flops(
 
 @contextlib.contextmanager
 def in_one_piece() -> Iterator[None]:
-    """Within, critics do not split batches for a CPU's cache, as on a GPU."""
+    """Within, critics do not split batches for a CPU's cache: they compute as on a GPU."""
     size = cal_ql.CPU_CACHE
     cal_ql.CPU_CACHE = sys.maxsize
     try:
@@ -59,7 +59,7 @@ def in_one_piece() -> Iterator[None]:
 
 
 class ProductBytes(TorchDispatchMode):
-    """Within, `total` grows by the bytes of each matrix product's factors and result."""
+    """Within, adds the bytes of each matrix product's factors and result to `total`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,10 +74,10 @@ class ProductBytes(TorchDispatchMode):
 
 
 def bytes_moved(agent: cal_ql.Agent, batch: cal_ql.Batch, phase: cal_ql.Phase) -> int:
-    """Bytes that an update reads and writes if all else is done within its matrix products.
+    """Bytes that an update moves if all other operations are fused into its matrix products.
 
-    Adam reads parameters, gradients and two moments, and writes all but the gradients; the
-    targets are read and written, and the critics read for them.
+    Adam reads parameters, gradients and two moments, and writes all but the gradients. The update
+    of the target critics reads the critics and the targets, and writes the targets.
     """
     with in_one_piece(), ProductBytes() as products:
         gradients, _ = agent.gradients(batch, agent.draw_noise(phase), phase)
@@ -89,7 +89,7 @@ def bytes_moved(agent: cal_ql.Agent, batch: cal_ql.Batch, phase: cal_ql.Phase) -
 def hidden_products(
     config: cal_ql.Config, phase: cal_ql.Phase, device: torch.device
 ) -> Callable[[int], None]:
-    """The three products of a hidden layer of the critics, as a function of the rows at a time."""
+    """A function that computes the three products of a critics' hidden layer, in pieces of rows."""
     rows, hidden, n = n_critic_rows(config, phase), config.hidden_dim, config.n_critics
     x, y, out = (torch.randn(n, rows, hidden, device=device) for _ in range(3))
     weight, weight_out = (torch.randn(n, hidden, hidden, device=device) for _ in range(2))
@@ -104,7 +104,7 @@ def hidden_products(
 
 
 def hidden_flops(config: cal_ql.Config, phase: cal_ql.Phase) -> float:
-    """Of these three products."""
+    """Floating-point operations of the three products of `hidden_products`."""
     rows = n_critic_rows(config, phase)
     return 3.0 * 2.0 * config.n_critics * rows * config.hidden_dim**2
 

@@ -1,8 +1,8 @@
-"""The recipes by which `make_dataset.py` makes data, a file per family of tasks.
+"""The recipes of `make_dataset.py`, one file per family of tasks.
 
 To add one, write a subclass of `common.Recipe` in its own file and name it below. description.txt
 describes the recipes and the rows; locomotion.txt does so for locomotion. Each dataset contains a
-copy of that text, so a change of a byte there changes the datasets.
+copy of that text, so any change to the text changes the datasets.
 """
 
 import importlib

@@ -63,7 +63,7 @@ class Door(Recipe):
 class BinaryDoor(Door):
     """The demonstrations up to the goal, then rollouts of a policy cloned from all of them.
 
-    Those that do not reach the goal have no rows.
+    Rollouts that do not reach the goal have no rows.
     """
 
     config = "adroit_binary"
@@ -103,7 +103,7 @@ def read_demonstrations(path: Path) -> list[dict[str, Any]]:
 
 
 def is_demonstration(episode: dict[str, Any]) -> bool:
-    """Whether its arrays have the door's sizes and finite numbers; else it may also raise."""
+    """Whether its arrays have the door's sizes and finite numbers; may raise if they do not."""
     state = episode["init_state_dict"]
     n = len(episode["actions"])
     shapes = {"observations": (n, 39), "actions": (n, 28)}

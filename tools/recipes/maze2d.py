@@ -10,14 +10,14 @@ from tasks import d4rl_compat
 from tools.recipes.common import Recipe, Row, Rows, noisy, stack_maze
 from tools.recipes.writing import write_hdf5
 
-TRAJECTORY = 10_000  # transitions until the point starts anew
+TRAJECTORY = 10_000  # transitions until the point is reset
 
 
 class WaypointSearch:
     """D4RL's search for waypoints, with cached results.
 
-    D4RL's controller searches by value iteration for every target, which would take nine tenths of
-    all the time.
+    D4RL's controller searches by value iteration for every target, which would take 90 % of the
+    time.
     """
 
     def __init__(self):
