@@ -11,7 +11,7 @@ return-to-go of the behaviour policy that produced s. CQL can push Q below the t
 max stops it at a return that was actually achieved, so Q keeps the scale of the returns.
 
     python cal_ql.py --config_path configs/quickstart.yaml
-    python cal_ql.py --config_path configs/antmaze.yaml --env antmaze-large-play-v2 --seed 1
+    python cal_ql.py --config_path configs/antmaze.yaml --config_path configs/methods/wsrl.yaml
     python cal_ql.py --help
 
 `tasks` holds environments and data, `runs` everything around a run: options, files, logs, signals.
@@ -52,19 +52,19 @@ Gradients = dict[str, tuple[Tensor, ...]]  # by loss, of the parameters it train
 class Config:
     device: str = may_change("cuda", "device")  # Of the networks: cuda, cuda:N, cpu or auto
     precision: Optional[str] = option(None, "precision")  # float32, tf32, bf16; null: tf32 on CUDA
-    compile: Optional[bool] = may_change(None)  # torch.compile; null: unless offline steps are few
+    compile: Optional[bool] = may_change(None)  # Use torch.compile; null: in all but short runs
     env: str = "halfcheetah-medium-expert-v2"  # Task name
     seed: int = option(0, "seed")  # Seed of networks, batches and training episodes
     eval_seed: int = option(0, "seed")  # Seed of the evaluation episodes, the same each time
     eval_freq: int = may_change(5000, ">= 1")  # Steps between two evaluations
     n_episodes: int = may_change(10, ">= 1")  # Episodes per evaluation
-    eval_workers: Optional[int] = may_change(None, ">= 1")  # Their processes; null: cores, to 8
+    eval_workers: Optional[int] = may_change(None, ">= 1")  # Evaluation workers; null: cores, to 8
     offline_iterations: int = option(1_000_000, ">= 0")  # Updates in the offline phase
     online_iterations: int = may_change(1_000_000, ">= 0")  # Environment steps in the online phase
     checkpoints_path: Optional[FilePath] = may_change(None, "path")  # Parent of run folders
-    checkpoint_freq: Optional[int] = may_change(None, ">= 1")  # Steps between saves; null eval_freq
+    checkpoint_freq: Optional[int] = may_change(None, ">= 1")  # Steps per save; null: eval_freq
     resume: bool = may_change(True)  # Continue the run in checkpoints_path; false refuses to
-    load_model: FilePath = ""  # Checkpoint from which a new run takes networks and scaling
+    load_model: FilePath = ""  # Checkpoint whose networks, optimizer and scaling a new run takes
 
     buffer_size: int = option(2_000_000, ">= 1")  # Transitions that each replay buffer can hold
     batch_size: int = option(256, ">= 1")  # Transitions per update
@@ -79,7 +79,7 @@ class Config:
     bc_weight: float = option(0.0, ">= 0")  # Weight of cloning offline data, in the actor's loss
     target_entropy: Optional[float] = option(None, "finite")  # Of the policy; null: -action size
     target_update_period: int = option(1, ">= 1")  # Updates between target updates
-    actor_update_period: int = option(1, ">= 1")  # Online updates between two of the actor
+    actor_update_period: int = option(1, ">= 1")  # Online updates for each of actor and alpha
 
     cql_alpha: float = option(10.0, ">= 0")  # Weight of the CQL regularizer in the offline phase
     cql_alpha_online: float = option(10.0, ">= 0")  # Its weight in the online phase
@@ -108,7 +108,7 @@ class Config:
     reward_bias: float = option(0.0, "finite")  # Added to every scaled reward
     is_sparse_reward: bool = False  # Treat a failed episode as failing forever
     mixing_ratio: float = option(0.5, "0 to 1")  # Share of offline data in online batches
-    warmup_steps: int = option(0, ">= 0")  # Online steps, in whole episodes, without updates
+    warmup_steps: int = option(0, ">= 0")  # First online steps, in whole episodes: no updates
     online_utd_ratio: int = option(1, ">= 1")  # Updates per environment step in the online phase
     dataset_path: Optional[FilePath] = option(None, "path")  # The task's data; null: the published
 
@@ -191,18 +191,21 @@ class Critic(nn.Module):
         x = torch.matmul(actions.flatten(0, 1), action_weight)
         x = x.unflatten(1, (batch_size, n_actions))  # [C, B, N, hidden]
         x = x + (torch.matmul(observations, state_weight) + self.biases[0]).unsqueeze(2)
-        x = self.activation(x, 0).flatten(1, -2)  # [C, B * N, hidden]
+        x = self.hidden_values(x, 0).flatten(1, -2)  # [C, B * N, hidden]
         for layer in range(1, len(self.weights) - 1):
             x = torch.baddbmm(self.biases[layer], x, self.weights[layer])
-            x = self.activation(x, layer)
+            x = self.hidden_values(x, layer)
         qs = torch.baddbmm(self.biases[-1], x, self.weights[-1])  # [C, B * N, 1]
         return qs.view(-1, batch_size, n_actions)
 
-    def activation(self, x: Tensor, layer: int) -> Tensor:
-        """ReLU of a hidden layer's values [C, ..., hidden], after LayerNorm if it is on."""
+    def hidden_values(self, x: Tensor, layer: int) -> Tensor:
+        """Activation of a layer's values [C, ..., hidden], after LayerNorm if that is on."""
         if self.norm_scales:
             x = F.layer_norm(x.flatten(1, -2), x.shape[-1:])
             x = torch.addcmul(self.norm_shifts[layer], x, self.norm_scales[layer])
+        return self.activation(x, layer)
+
+    def activation(self, x: Tensor, layer: int) -> Tensor:
         return x.relu_()
 
 
@@ -384,7 +387,7 @@ class Agent(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """TD targets [B], and the values [B] of the best next actions, from which they bootstrap.
 
-        A value is the least of all target critics, or of those drawn (REDQ, arXiv 2101.05982).
+        A value is the least of all target critics, or of some drawn with repeats (as in WSRL).
         """
         critic, drawn = self.target_critic, {}
         if self.config.n_target_critics:  # the others are not even computed
@@ -456,8 +459,9 @@ class Agent(nn.Module):
 
         losses = {}
         zero = torch.zeros_like(self.log_alpha)
-        metrics = {"alpha": self.alpha, "alpha_prime": zero, "alpha_prime_loss": zero}
-        metrics |= {"average_return_to_go": batch.returns_to_go.mean()}
+        metrics = {"alpha": self.alpha, "average_return_to_go": batch.returns_to_go.mean()}
+        if not self.config.cql_lagrange:
+            metrics |= {"alpha_prime": zero, "alpha_prime_loss": zero}  # as CORL logs them
         if phase.trains_actor:
             losses["actor"], info = self.actor_loss(batch, policy, sample, phase)
             metrics |= {"alpha_loss": zero, **info}
@@ -502,15 +506,16 @@ class Agent(nn.Module):
             target_critics=torch.randint(c, (config.n_target_critics or 0,), device=self.device),
         )
 
-    def phase(self, online: bool) -> Phase:
-        """That of the next update."""
+    def phase(self, online: bool, ahead: int = 0) -> Phase:
+        """That of the next update, or of one further ahead."""
         config = self.config
-        number = self.updates - config.offline_iterations + 1  # of an online update
+        number = self.updates + ahead + 1
+        online_number = number - config.offline_iterations
         return Phase(
             cql_alpha=config.cql_alpha_online if online else config.cql_alpha,
             calibrated=config.calibrate and (config.calibrate_online or not online),
-            cloning=self.updates < config.bc_steps,
-            trains_actor=not online or number % config.actor_update_period == 0,
+            cloning=number <= config.bc_steps,
+            trains_actor=not online or online_number % config.actor_update_period == 0,
             n_cloned=config.n_offline(online) if config.bc_weight else 0,
         )
 
@@ -534,10 +539,9 @@ class Agent(nn.Module):
         return metrics
 
     def phases_to_compile(self, online: bool) -> set[Phase]:
-        """Those of the next step's updates that would begin with half a minute of compiling."""
-        phase = self.phase(online)
-        both = {phase._replace(trains_actor=trains) for trains in (False, True)}
-        phases = both if online and self.config.actor_update_period > 1 else {phase}
+        """Those of the next step's updates that are not compiled yet, which takes half a minute."""
+        n_updates = self.config.online_utd_ratio if online else 1
+        phases = {self.phase(online, ahead) for ahead in range(n_updates)}
         return {phase for phase in phases if self.graph and not self.graph.is_ready(phase)}
 
     def load_networks(self, checkpoint: dict[str, Any]) -> None:
@@ -550,10 +554,7 @@ class Agent(nn.Module):
 
 @torch.no_grad()
 def q_metrics(qs: Tensor, policy_q: Tensor, returns_to_go: Tensor) -> Scalars:
-    """Metrics of values [C, B, 1 + 3 N]: of the data's, the random and the policy's actions.
-
-    `policy_q` [C, B, 2 N] are the values of the policy's actions, calibrated if that is on.
-    """
+    """Metrics of values [C, B, 1 + 3 N] and of the policy's [C, B, 2 N], bounded if that is on."""
     n = policy_q.shape[-1] // 2
     below = (qs[..., 1 + n :] < returns_to_go[:, None]).float()
     return {  # [C] each
@@ -843,9 +844,8 @@ class Run:
         """Mean and spread over the evaluation episodes, played by the policy's mean actions."""
         policy = {"actor": copy.deepcopy(self.agent.actor).cpu(), "scaling": self.dataset.scaling}
         play = functools.partial(play_episode, **policy, explore=False)
-        numbers = range(self.config.n_episodes)
-        seeds = [episode_seed(self.config.eval_seed, "eval", number) for number in numbers]
-        episodes = self.workers.map(play, seeds)
+        seed, n = self.config.eval_seed, self.config.n_episodes
+        episodes = self.workers.map(play, [episode_seed(seed, "eval", i) for i in range(n)])
         columns = {
             "d4rl_normalized_score": [episode.score for episode in episodes],
             "episode_return": [sum(episode.rewards) for episode in episodes],
@@ -917,7 +917,7 @@ def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> R
     """
     device = machine.resolve_device(config.device, config.precision)
     needed = machine.memory_needed(config, task.observation_dim, task.action_dim)
-    machine.check_memory(needed, device, config, NETWORKS + SIZES)
+    machine.check_memory(needed, device, config, NETWORKS)
     data = task.data_file(config.dataset_path)
     torch.manual_seed(config.seed)
     agent = Agent(task.observation_dim, task.action_dim, config, device)
@@ -999,7 +999,6 @@ def train(run: Run, log: Log, stop: StopSignals) -> None:
 # ---------------------------------------------------------------------------- command line
 NETWORKS = """env hidden_dim n_critics q_n_hidden_layers actor_n_hidden_layers
     critic_layer_norm actor_layer_norm"""
-SIZES = " batch_size cql_n_actions buffer_size online_iterations"  # which take memory, too
 # Conditions between options, and the same in words.
 RANGES: Ranges = [
     ("discount", lambda x, c: x < 1 or not c.is_sparse_reward, "below 1 for is_sparse_reward"),

@@ -22,7 +22,7 @@ class Agent(cal_ql.Agent):
     def actor_loss(self, batch, policy, *args) -> tuple[Tensor, cal_ql.Scalars]:
         loss, metrics = super().actor_loss(batch, policy, *args)
         bc_loss = (torch.tanh(policy.mean) - batch.actions).square().mean()
-        return loss + WEIGHT * bc_loss, metrics | {"bc_loss": bc_loss}
+        return loss + WEIGHT * bc_loss, metrics | {"td3_bc_loss": bc_loss}
 
 
 cal_ql.Agent = Agent

@@ -500,12 +500,16 @@ def model_form(form: dict[str, Any]) -> dict[str, Any]:
     return {key: part if key in MODEL else Maybe(part) for key, part in form.items()}
 
 
+SCALES = "env", "discount", "reward_scale", "reward_bias", "normalize_reward", "is_sparse_reward"
+
+
 def load_model(
     path: Path, device: torch.device, form: dict[str, Any], options: dict[str, Any], names: str
 ) -> dict[str, Any]:
     """Read the checkpoint that `load_model` names, for a run of this form with these options.
 
-    The networks depend on the options in `names`; an error says which of them differ.
+    The networks depend on the options in `names`; an error says which of them differ. Prints a line
+    if one of `SCALES` differs, which decide what a Q-value means.
     """
     state = load_checkpoint(path, device, option="load_model")
     config = state.get("config")
@@ -521,6 +525,9 @@ def load_model(
         raise InputError(
             f"load_model: {path} has networks for {found}, expected {expected}"
         ) from None
+    if changed := [n for n in SCALES if n in saved and saved[n] != options[n]]:
+        found = ", ".join(f"{name} {saved[name]} (here {options[name]})" for name in changed)
+        print(f"load_model: {path} was trained with {found}, so its Q-values may not fit")
     return state
 
 

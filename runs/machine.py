@@ -141,8 +141,12 @@ def memory_needed(config: Any, observation_dim: int, action_dim: int) -> float:
 
 
 def check_memory(needed: float, device: torch.device, config: Any, names: str) -> None:
-    """Raise `InputError` if the device has fewer bytes than are `needed` for these options."""
+    """Raise `InputError` if the device has fewer bytes than are `needed`.
+
+    The message has the options `names` and those of batches and buffers.
+    """
     left = available_memory(device)
+    names += " batch_size cql_n_actions buffer_size online_iterations"
     found = ", ".join(f"{name} {getattr(config, name)}" for name in names.split())
     if needed > left:
         raise InputError(

@@ -166,7 +166,8 @@ def cast_option(name: str, text: Optional[str], kind: Any) -> Any:
         value = cast(text, kind)
     except (LookupError, TypeError, ValueError):
         found = "null" if text is None else shortened(repr(text))
-        raise InputError(f"{name}: found {found}, expected {WORDS[value_type(kind)]}") from None
+        expected = WORDS[value_type(kind)] + (" or null" if type(None) in get_args(kind) else "")
+        raise InputError(f"{name}: found {found}, expected {expected}") from None
     return expand_home(value, name) if value and value_type(kind) is FilePath else value
 
 

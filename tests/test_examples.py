@@ -18,7 +18,7 @@ SHORT = ["--offline_iterations", 10, "--online_iterations", 5, "--n_episodes", 2
     ("name", "options", "metric"),
     [
         ("gated_critic", MAZE, "qf2_loss"),
-        ("td3_bc", MAZE, "bc_loss"),
+        ("td3_bc", MAZE, "td3_bc_loss"),
         (
             "own_task",
             ["--env", "Pendulum-v1", "--dataset_path", "pendulum.npz"],
