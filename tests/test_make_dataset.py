@@ -196,10 +196,10 @@ def test_play_has_few_starts_and_diverse_has_all():
 
 BAD_INPUT = {
     "pen-cloned-v1": "no recipe for 'pen-cloned-v1'; there is one for maze2d-umaze-v1, ",
-    f"{ANT} --transitions 0": "--transitions must be 1 to",
+    f"{ANT} --transitions 0": "transitions: found 0, expected 1 to",
     f"{ANT} --transitions 1e6": "invalid int value: '1e6'",
-    f"{ANT} --seed -1": "--seed must be 0 to",
-    f"{ANT} --seed 99999999999999999999999": "--seed must be 0 to",
+    f"{ANT} --seed -1": "seed: found -1, expected 0 to",
+    f"{ANT} --seed 99999999999999999999999": "9999, expected 0 to",
     f"{ANT} --output missing/a.hdf5": "there is no directory missing",
     f"{ANT} --output saved": "saved exists; choose another --output",
     f"{ANT} --output {5_000 * 'x'}": "File name too long",

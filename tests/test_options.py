@@ -180,7 +180,7 @@ def test_the_last_of_an_option_counts_and_the_help_says_so(
     with pytest.raises(SystemExit):
         parse("--help")
     printed = capsys.readouterr().out
-    assert "given twice the last value counts" in printed and "_wandb" not in printed
+    assert "given twice, the last value counts" in printed and "_wandb" not in printed
 
 
 @pytest.fixture

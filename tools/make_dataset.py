@@ -154,7 +154,7 @@ def parse_arguments() -> argparse.Namespace:
     ):
         found = getattr(args, name)
         if not least <= found <= most:
-            raise InputError(f"--{name} must be {least} to {most}, not {found}")
+            raise InputError(f"{name}: found {found}, expected {least} to {most}")
     return args
 
 
