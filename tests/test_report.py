@@ -418,7 +418,7 @@ def test_methods_are_named_by_what_differs(tmp_path, options, expected):
 def files_options(*names: str, **changed) -> dict:
     """The options in the configs of these names, the later over the earlier ones."""
     files = [yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in names]
-    options = {key: value for file in files for key, value in file.items()}
+    options = {key: value for file in files for key, value in file.items() if key != "name"}
     return options | {"env": MAZE, "offline_iterations": 20, "online_iterations": 20} | changed
 
 
