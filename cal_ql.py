@@ -280,7 +280,7 @@ class Noise(NamedTuple):
     target_critics: Tensor  # [n_target_critics] int, uniform; [0] where all are used
 
 
-class Phase(NamedTuple):
+class UpdateKind(NamedTuple):
     """What the losses of an update depend on besides data and noise."""
 
     cql_alpha: float  # weight of the regularizer; at 0 its actions are not even sampled: N = 0
@@ -330,7 +330,7 @@ class Agent(nn.Module):
         sample: Sample,  # 2 N actions per state: of the policy at s, of the policy at s'
         next_sample: Sample,  # actions of the policy at s' for the TD target, 1 or N
         target_critics: Tensor,  # [n_target_critics] int
-        phase: Phase,
+        kind: UpdateKind,
     ) -> tuple[Tensor, Scalars]:
         """TD error + cql_alpha * (logsumexp_a max(Q(s, a), V(s)) - Q(s, a_data)), over critics."""
         target_q, next_q = self.td_target(batch, next_sample, target_critics)
@@ -345,13 +345,13 @@ class Agent(nn.Module):
         }
         if len(qs) > 2:
             metrics["q_spread"] = data_q.std(0).mean()  # over critics
-        if phase.cql_alpha == 0:  # without a regularizer, as in SAC
+        if kind.cql_alpha == 0:  # without a regularizer, as in SAC
             return td_error.sum(), metrics
-        regularizer, info = self.regularizer(qs, batch.returns_to_go, sample.log_density, phase)
+        regularizer, info = self.regularizer(qs, batch.returns_to_go, sample.log_density, kind)
         return (td_error + regularizer).sum(), metrics | info
 
     def regularizer(
-        self, qs: Tensor, returns_to_go: Tensor, log_density: Tensor, phase: Phase
+        self, qs: Tensor, returns_to_go: Tensor, log_density: Tensor, kind: UpdateKind
     ) -> tuple[Tensor, Scalars]:
         """cql_alpha * (logsumexp_a max(Q(s, a), V(s)) - Q(s, a_data)) [C].
 
@@ -362,7 +362,7 @@ class Agent(nn.Module):
         config = self.config
         n = config.cql_n_actions
         data_q, random_q, policy_q = qs[..., 0], qs[..., 1 : 1 + n], qs[..., 1 + n :]
-        if phase.calibrated:
+        if kind.calibrated:
             policy_q = torch.maximum(policy_q, returns_to_go[:, None])  # Cal-QL, eq. 5.1
         if config.cql_importance_sample:
             log_uniform = -self.action_dim * math.log(2.0)  # on [-1, 1]^A
@@ -375,9 +375,9 @@ class Agent(nn.Module):
 
         if config.cql_lagrange:
             gap = config.cql_target_action_gap
-            regularizer = self.alpha_prime.detach() * (phase.cql_alpha * (difference - gap))
+            regularizer = self.alpha_prime.detach() * (kind.cql_alpha * (difference - gap))
         else:
-            regularizer = phase.cql_alpha * difference
+            regularizer = kind.cql_alpha * difference
         metrics = {"cql_qf_diff": difference, "cql_min_qf_loss": regularizer}
         return regularizer, metrics | q_metrics(qs, policy_q, returns_to_go)
 
@@ -419,23 +419,23 @@ class Agent(nn.Module):
         return loss, {"alpha_prime": alpha_prime, "alpha_prime_loss": loss}
 
     def actor_loss(
-        self, batch: Batch, policy: Gaussian, sample: Sample, phase: Phase
+        self, batch: Batch, policy: Gaussian, sample: Sample, kind: UpdateKind
     ) -> tuple[Tensor, Scalars]:
         """mean(alpha * log pi(a|s) - min_i Q_i(s, a)) for one action a of the policy per state.
 
         While cloning, the log-density of the data's actions replaces Q. bc_weight adds
         bc_weight * mean(-log pi(a_data|s)) over the offline rows.
         """
-        if phase.cloning:
+        if kind.cloning:
             value = action_log_density(policy, batch.actions)  # [B]
         else:
             qs = self.critic(batch.observations, sample.actions[:, None])  # [C, B, 1]
             value = qs.amin(0)[:, 0]  # [B]
         loss = (self.alpha * sample.log_density - value).mean()
         metrics = {"log_pi": sample.log_density.mean()}
-        if phase.n_cloned:
-            offline = Gaussian(*(part[: phase.n_cloned] for part in policy))
-            bc_loss = -action_log_density(offline, batch.actions[: phase.n_cloned]).mean()
+        if kind.n_cloned:
+            offline = Gaussian(*(part[: kind.n_cloned] for part in policy))
+            bc_loss = -action_log_density(offline, batch.actions[: kind.n_cloned]).mean()
             loss = loss + self.config.bc_weight * bc_loss
             metrics["bc_loss"] = bc_loss
         return loss, {"policy_loss": loss, **metrics}
@@ -446,7 +446,7 @@ class Agent(nn.Module):
         loss = -(self.log_alpha * excess).mean()
         return loss, {"alpha_loss": loss}
 
-    def losses(self, batch: Batch, noise: Noise, phase: Phase) -> tuple[Scalars, Scalars]:
+    def losses(self, batch: Batch, noise: Noise, kind: UpdateKind) -> tuple[Scalars, Scalars]:
         """All losses, by the name of what each trains, and all metrics of an update."""
         policy = self.actor(batch.observations)  # one pass for all actions sampled in s
         sample = sample_actions(policy, noise.policy)
@@ -462,19 +462,19 @@ class Agent(nn.Module):
         metrics = {"alpha": self.alpha, "average_return_to_go": batch.returns_to_go.mean()}
         if not self.config.cql_lagrange:
             metrics |= {"alpha_prime": zero, "alpha_prime_loss": zero}  # as CORL logs them
-        if phase.trains_actor:
-            losses["actor"], info = self.actor_loss(batch, policy, sample, phase)
+        if kind.trains_actor:
+            losses["actor"], info = self.actor_loss(batch, policy, sample, kind)
             metrics |= {"alpha_loss": zero, **info}
             if self.config.use_automatic_entropy_tuning:
                 losses["alpha"], info = self.alpha_loss(sample.log_density)
                 metrics |= info
         losses["critic"], info = self.critic_loss(
-            batch, noise.random, cql_sample, target_sample, noise.target_critics, phase
+            batch, noise.random, cql_sample, target_sample, noise.target_critics, kind
         )
         metrics |= info
-        if self.config.cql_lagrange and phase.cql_alpha:
+        if self.config.cql_lagrange and kind.cql_alpha:
             difference = metrics["cql_qf_diff"]
-            losses["alpha_prime"], info = self.alpha_prime_loss(difference, phase.cql_alpha)
+            losses["alpha_prime"], info = self.alpha_prime_loss(difference, kind.cql_alpha)
             metrics |= info
         return losses, name_per_critic(metrics)
 
@@ -492,10 +492,10 @@ class Agent(nn.Module):
             metrics[f"{name}_gradient_norm"] = torch.nn.utils.get_total_norm(gradients[name])
         return gradients, {name: value.detach() for name, value in metrics.items()}
 
-    def draw_noise(self, phase: Phase) -> Noise:
+    def draw_noise(self, kind: UpdateKind) -> Noise:
         config = self.config
         b, n, a, c = config.batch_size, config.cql_n_actions, self.action_dim, config.n_critics
-        n_cql = n if phase.cql_alpha else 0
+        n_cql = n if kind.cql_alpha else 0
         normal = functools.partial(torch.randn, device=self.device)
         return Noise(
             policy=normal(b, a),
@@ -506,12 +506,12 @@ class Agent(nn.Module):
             target_critics=torch.randint(c, (config.n_target_critics or 0,), device=self.device),
         )
 
-    def phase(self, online: bool, ahead: int = 0) -> Phase:
-        """That of the next update, or of one further ahead."""
+    def kind(self, online: bool, ahead: int = 0) -> UpdateKind:
+        """The kind of the next update, or of one further ahead."""
         config = self.config
         number = self.updates + ahead + 1
         online_number = number - config.offline_iterations
-        return Phase(
+        return UpdateKind(
             cql_alpha=config.cql_alpha_online if online else config.cql_alpha,
             calibrated=config.calibrate and (config.calibrate_online or not online),
             cloning=number <= config.bc_steps,
@@ -519,13 +519,13 @@ class Agent(nn.Module):
             n_cloned=config.n_offline(online) if config.bc_weight else 0,
         )
 
-    def compute_gradients(self, batch: Batch, phase: Phase) -> tuple[Gradients, Scalars]:
+    def compute_gradients(self, batch: Batch, kind: UpdateKind) -> tuple[Gradients, Scalars]:
         """`gradients` of a batch with new noise, compiled if that is enabled."""
-        return (self.graph or self.gradients)(batch, self.draw_noise(phase), phase)
+        return (self.graph or self.gradients)(batch, self.draw_noise(kind), kind)
 
     def update(self, batch: Batch, online: bool) -> Scalars:
         """One gradient step: all gradients at the same parameters, then these are all updated."""
-        gradients, metrics = self.compute_gradients(batch, self.phase(online))
+        gradients, metrics = self.compute_gradients(batch, self.kind(online))
         for name, values in gradients.items():
             for parameter, gradient in zip(self.learned[name], values):
                 parameter.grad = gradient
@@ -538,11 +538,11 @@ class Agent(nn.Module):
                 torch._foreach_lerp_(*map(list, critics), self.config.soft_target_update_rate)
         return metrics
 
-    def phases_to_compile(self, online: bool) -> set[Phase]:
+    def kinds_to_compile(self, online: bool) -> set[UpdateKind]:
         """Those of the next step's updates that are not compiled yet, which takes half a minute."""
         n_updates = self.config.online_utd_ratio if online else 1
-        phases = {self.phase(online, ahead) for ahead in range(n_updates)}
-        return {phase for phase in phases if self.graph and not self.graph.is_ready(phase)}
+        kinds = {self.kind(online, ahead) for ahead in range(n_updates)}
+        return {kind for kind in kinds if self.graph and not self.graph.is_ready(kind)}
 
     def load_networks(self, checkpoint: dict[str, Any]) -> None:
         """Load networks, temperatures and, if the checkpoint has it, the optimizer's state."""
@@ -985,9 +985,9 @@ def train(run: Run, log: Log, stop: StopSignals) -> None:
         online = progress.step >= config.offline_iterations
         if online and progress.steps_owed == 0:
             log.write(progress.step, run.play(stop))
-        for phase in run.agent.phases_to_compile(online):  # on a batch that is not learned from
+        for kind in run.agent.kinds_to_compile(online):  # on a batch that is not learned from
             with log.paused("compiling"), stop.at_once(), machine.kept_random_states():
-                run.agent.compute_gradients(run.sample(online), phase)
+                run.agent.compute_gradients(run.sample(online), kind)
         train_step(run, online)
         log.advance()
         if progress.step % config.log_freq == 0 or progress.step == config.total_steps:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import cal_ql
-from cal_ql import Agent, Batch, Config, Noise, Phase
+from cal_ql import Agent, Batch, Config, Noise, UpdateKind
 from runs.errors import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -355,10 +355,10 @@ def make_batch(seed: int = 0) -> Batch:
     return Batch(*(torch.tensor(column, dtype=torch.float64) for column in columns))
 
 
-def make_phase(**changed: Any) -> Phase:
-    """The phase of an offline update that trains everything; `changed` replaces its fields."""
-    phase = dict(cql_alpha=5.0, calibrated=True, cloning=False, trains_actor=True)
-    return Phase(**phase | dict(n_cloned=0) | changed)
+def make_kind(**changed: Any) -> UpdateKind:
+    """The kind of an offline update that trains everything; `changed` replaces its fields."""
+    kind = dict(cql_alpha=5.0, calibrated=True, cloning=False, trains_actor=True)
+    return UpdateKind(**kind | dict(n_cloned=0) | changed)
 
 
 def make_noise(config: Config, seed: int = 0, n: int = N) -> Noise:

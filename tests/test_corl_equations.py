@@ -237,7 +237,7 @@ def test_updates_equal_corls(options, monkeypatch):
     for number in range(UPDATES):
         batch, noise = make_batch(seed=number), make_noise(agent.config, seed=number)
         online = number >= ONLINE_FROM
-        monkeypatch.setattr(agent, "draw_noise", lambda phase, noise=noise: noise)
+        monkeypatch.setattr(agent, "draw_noise", lambda kind, noise=noise: noise)
         metrics = agent.update(batch, online)
         expected = reference.update(batch, noise, online)
         # to 1e-6, for the bound rates are means of float32 zeros and ones

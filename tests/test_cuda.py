@@ -101,7 +101,7 @@ def make_batch(number: int) -> Batch:
 def make_noise(agent: Agent, number: int, online: bool) -> Noise:
     torch.manual_seed(number)
     device, agent.device = agent.device, CPU
-    noise = agent.draw_noise(agent.phase(online))
+    noise = agent.draw_noise(agent.kind(online))
     agent.device = device
     return noise
 
@@ -112,8 +112,8 @@ def updates(agent: Agent, count: int, online: bool) -> list[dict[str, Tensor]]:
     for number in range(count):
         batch = Batch(*(column.to(agent.device) for column in make_batch(number)))
         noise = Noise(*(draw.to(agent.device) for draw in make_noise(agent, number, online)))
-        agent.draw_noise = lambda phase, noise=noise: noise
-        gradients, _ = agent.compute_gradients(batch, agent.phase(online))
+        agent.draw_noise = lambda kind, noise=noise: noise
+        gradients, _ = agent.compute_gradients(batch, agent.kind(online))
         results.append({k: v.clone() for k, v in flatten_gradients(gradients).items()})
         agent.update(batch, online)
         del agent.draw_noise

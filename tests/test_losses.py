@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cal_ql import Agent, Batch, Config, Noise, Phase, Sample
-from helpers import A, B, N, S, make_agent, make_batch, make_noise, make_phase
+from cal_ql import Agent, Batch, Config, Noise, Sample, UpdateKind
+from helpers import A, B, N, S, make_agent, make_batch, make_kind, make_noise
 
 COMBINATIONS = [
     (dict(cql_importance_sample=i, cql_lagrange=lagrange, cql_max_target_backup=m), calibrated)
@@ -35,7 +35,7 @@ OPTIONS = {
     "three of four target critics": dict(n_critics=4, n_target_critics=3, backup_entropy=True),
 }
 NO_REGULARIZER = dict(cql_alpha=0.0)
-# in these, other fields of the phase differ too
+# in these, other fields of the kind differ too
 PHASES = {
     "cloning": ({}, dict(cloning=True)),
     "actor waits": (dict(cql_lagrange=True), dict(trains_actor=False)),
@@ -81,8 +81,8 @@ def mlp(x: np.ndarray, layers: list[tuple[np.ndarray, ...]]) -> np.ndarray:
 class Formulas:
     """Each loss as a function of the parameters it trains (`own`); all others are `held`."""
 
-    def __init__(self, own, held, batch, noise, config, phase):
-        self.own, self.held, self.config, self.phase = own, held, config, phase
+    def __init__(self, own, held, batch, noise, config, kind):
+        self.own, self.held, self.config, self.kind = own, held, config, kind
         self.batch = Batch(*(column.numpy() for column in batch))
         self.noise = Noise(*(draw.numpy() for draw in noise))
         self.critics = range(config.n_critics)
@@ -154,7 +154,7 @@ class Formulas:
             for noise in draws:
                 action, log_density = self.sample(self.held, source, noise)
                 value = self.q(parameters, "critic", critic, state, action)
-                if self.phase.calibrated:
+                if self.kind.calibrated:
                     value = max(value, self.batch.returns_to_go[b])
                 values.append(value - log_density if weighted else value)
         data_value = self.q(parameters, "critic", critic, state, self.batch.actions[b])
@@ -168,14 +168,14 @@ class Formulas:
     def excess(self, parameters) -> list[float]:
         gap = self.config.cql_target_action_gap if self.config.cql_lagrange else 0.0
         return [
-            self.phase.cql_alpha
+            self.kind.cql_alpha
             * (np.mean([self.difference(parameters, critic, b) for b in range(B)]) - gap)
             for critic in self.critics
         ]
 
     def critic_loss(self) -> float:
         total = 0.0
-        if self.phase.cql_alpha:
+        if self.kind.cql_alpha:
             total = sum(self.alpha_prime(self.held) * excess for excess in self.excess(self.own))
         for critic, b in itertools.product(self.critics, range(B)):
             state, action = self.batch.observations[b], self.batch.actions[b]
@@ -191,13 +191,13 @@ class Formulas:
             self.batch.observations, self.batch.actions, self.noise.policy
         ):
             action, log_density = self.sample(self.own, state, noise)
-            if self.phase.cloning:
+            if self.kind.cloning:
                 value = self.data_log_density(state, data_action)
             else:
                 qs = [self.q(self.held, "critic", i, state, action) for i in self.critics]
                 value = min(qs)
             total += (self.alpha() * log_density - value) / B
-        offline = [*zip(self.batch.observations, self.batch.actions)][: self.phase.n_cloned]
+        offline = [*zip(self.batch.observations, self.batch.actions)][: self.kind.n_cloned]
         for state, data_action in offline:
             log_density = self.data_log_density(state, data_action)
             total -= self.config.bc_weight * log_density / len(offline)
@@ -229,17 +229,17 @@ SCENARIOS += [pytest.param(*scenario, id=name) for name, scenario in PHASES.item
 scenarios = pytest.mark.parametrize("options, changed", SCENARIOS)
 
 
-def make_update(options: dict, changed: dict) -> tuple[Agent, Batch, Noise, Phase]:
-    """An agent with these options, and its losses' arguments; `changed` is of the phase."""
-    agent, phase = make_agent(**options), make_phase(**changed)
-    return agent, make_batch(), make_noise(agent.config, n=N if phase.cql_alpha else 0), phase
+def make_update(options: dict, changed: dict) -> tuple[Agent, Batch, Noise, UpdateKind]:
+    """An agent with these options, and its losses' arguments; `changed` is of the kind."""
+    agent, kind = make_agent(**options), make_kind(**changed)
+    return agent, make_batch(), make_noise(agent.config, n=N if kind.cql_alpha else 0), kind
 
 
-def expected_losses(agent: Agent, phase: Phase) -> set[str]:
+def expected_losses(agent: Agent, kind: UpdateKind) -> set[str]:
     names = {"critic"}
-    if phase.trains_actor:
+    if kind.trains_actor:
         names |= {"actor", "alpha"} if agent.config.use_automatic_entropy_tuning else {"actor"}
-    if agent.config.cql_lagrange and phase.cql_alpha:
+    if agent.config.cql_lagrange and kind.cql_alpha:
         names.add("alpha_prime")
     return names
 
@@ -253,11 +253,11 @@ def trained_parameters(agent: Agent, loss: str) -> dict[str, Tensor]:
 
 @scenarios
 def test_losses_equal_the_formulas(options, changed):
-    agent, batch, noise, phase = make_update(options, changed)
-    losses, _ = agent.losses(batch, noise, phase)
-    assert losses.keys() == expected_losses(agent, phase)
+    agent, batch, noise, kind = make_update(options, changed)
+    losses, _ = agent.losses(batch, noise, kind)
+    assert losses.keys() == expected_losses(agent, kind)
     values = {name: value.detach().numpy() for name, value in named_parameters(agent).items()}
-    formulas = Formulas(values, values, batch, noise, agent.config, phase)
+    formulas = Formulas(values, values, batch, noise, agent.config, kind)
     for name in losses:
         expected = getattr(formulas, f"{name}_loss")()
         assert losses[name].item() == pytest.approx(expected, rel=1e-9, abs=1e-9), name
@@ -265,9 +265,9 @@ def test_losses_equal_the_formulas(options, changed):
 
 @scenarios
 def test_gradients_equal_finite_differences(options, changed):
-    agent, batch, noise, phase = make_update(options, changed)
+    agent, batch, noise, kind = make_update(options, changed)
     random = np.random.default_rng(0)
-    losses, _ = agent.losses(batch, noise, phase)
+    losses, _ = agent.losses(batch, noise, kind)
     held = {name: value.detach().numpy() for name, value in named_parameters(agent).items()}
     for loss in losses:
         trained = trained_parameters(agent, loss)
@@ -279,7 +279,7 @@ def test_gradients_equal_finite_differences(options, changed):
                 for step in (1e-6, -1e-6):
                     own = held | {name: held[name].copy()}
                     own[name].flat[entry] += step
-                    formulas = Formulas(own, held, batch, noise, agent.config, phase)
+                    formulas = Formulas(own, held, batch, noise, agent.config, kind)
                     shifted.append(getattr(formulas, f"{loss}_loss")())
                 expected = (shifted[0] - shifted[1]) / 2e-6
                 found = gradient.flatten()[entry].item()
@@ -289,8 +289,8 @@ def test_gradients_equal_finite_differences(options, changed):
 @scenarios
 def test_gradients_have_their_parameters_strides(options, changed):
     """Otherwise torch's fused Adam on a CPU silently takes a wrong step."""
-    agent, batch, noise, phase = make_update(options, changed)
-    gradients, _ = agent.gradients(batch, noise, phase)
+    agent, batch, noise, kind = make_update(options, changed)
+    gradients, _ = agent.gradients(batch, noise, kind)
     for loss, values in gradients.items():
         strides = [value.stride() for value in values]
         assert strides == [parameter.stride() for parameter in agent.learned[loss]], loss
@@ -345,10 +345,10 @@ def test_large_values_stay_finite_in_float32(weighted, level, monkeypatch):
     monkeypatch.setattr(agent.critic, "forward", lambda *_: qs)
     sample = Sample(torch.zeros(B, 2 * N, A), torch.tensor(log_density, dtype=torch.float32))
     next_sample = Sample(torch.zeros(B, 1, A), torch.zeros(B, 1))
-    phase = make_phase(cql_alpha=1.0, calibrated=False)
+    kind = make_kind(cql_alpha=1.0, calibrated=False)
     all_critics = torch.zeros(0, dtype=torch.int64)
     random_actions = torch.zeros(B, N, A)
-    _, metrics = agent.critic_loss(batch, random_actions, sample, next_sample, all_critics, phase)
+    _, metrics = agent.critic_loss(batch, random_actions, sample, next_sample, all_critics, kind)
     if weighted:
         values = np.concatenate([uniform + A * math.log(2), policy - log_density], -1)
     else:
@@ -362,7 +362,7 @@ def test_large_values_stay_finite_in_float32(weighted, level, monkeypatch):
 def test_drawn_noise_has_the_shapes_and_the_distributions(best):
     torch.manual_seed(0)
     config = Config(batch_size=1000, cql_n_actions=5, cql_max_target_backup=best, hidden_dim=2)
-    noise = Agent(S, A, config, torch.device("cpu")).draw_noise(make_phase())
+    noise = Agent(S, A, config, torch.device("cpu")).draw_noise(make_kind())
     shapes = [(1000, A), (1000, 5, A), (1000, 5, A), (1000, 5 if best else 1, A), (1000, 5, A)]
     assert [tuple(draw.shape) for draw in noise] == [*shapes, (0,)]
     for draw in noise[:4]:
@@ -397,8 +397,8 @@ def small_agent(**options) -> Agent:
 @pytest.mark.parametrize("cql_alpha", [5.0, 0.0])
 def test_target_critics_are_drawn_uniformly_with_replacement(cql_alpha):
     torch.manual_seed(0)
-    agent, phase = small_agent(n_critics=4, n_target_critics=2), make_phase(cql_alpha=cql_alpha)
-    pairs = torch.stack([agent.draw_noise(phase).target_critics for _ in range(1600)])
+    agent, kind = small_agent(n_critics=4, n_target_critics=2), make_kind(cql_alpha=cql_alpha)
+    pairs = torch.stack([agent.draw_noise(kind).target_critics for _ in range(1600)])
     assert pairs.dtype == torch.int64
     counts = torch.bincount(4 * pairs[:, 0] + pairs[:, 1])
     assert len(counts) == 16 and torch.all((counts - 100).abs() < 50)
@@ -412,7 +412,7 @@ def test_noise_is_drawn_in_a_fixed_order_and_only_if_it_is_used(n):
     """
     agent = small_agent(batch_size=8, cql_n_actions=2)
     torch.manual_seed(0)
-    noise = agent.draw_noise(make_phase(cql_alpha=float(n)))
+    noise = agent.draw_noise(make_kind(cql_alpha=float(n)))
     after = torch.get_rng_state()
     torch.manual_seed(0)
     shapes = [(8, A)] + ([(8, 2, A)] * 2 if n else []) + [(8, 1, A)]
@@ -428,8 +428,8 @@ def test_noise_is_drawn_in_a_fixed_order_and_only_if_it_is_used(n):
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_metrics_have_corls_names_for_two_critics_and_the_spread_of_more(n):
-    agent, batch, noise, phase = make_update(dict(n_critics=n), {})
-    _, metrics = agent.losses(batch, noise, phase)
+    agent, batch, noise, kind = make_update(dict(n_critics=n), {})
+    _, metrics = agent.losses(batch, noise, kind)
     assert all(value.shape == () for value in metrics.values())
     assert ("cql_q2_rand" in metrics) == (n > 1) and "qf3_loss" not in metrics
     qs = agent.critic(batch.observations, batch.actions[:, None]).detach().numpy()[..., 0]

@@ -17,7 +17,7 @@ from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 import cal_ql
-from cal_ql import Agent, Batch, Noise, Phase
+from cal_ql import Agent, Batch, Noise, UpdateKind
 from helpers import (
     RUN,
     A,
@@ -29,8 +29,8 @@ from helpers import (
     killed_at,
     make_agent,
     make_batch,
+    make_kind,
     make_noise,
-    make_phase,
     newest,
     parse,
     read_records,
@@ -112,8 +112,8 @@ def test_without_a_regularizer_updates_are_sacs(options, online):
     weights = dict(cql_alpha=5.0, cql_alpha_online=0.0) if online else dict(cql_alpha=0.0)
     agent, batch = make_agent(**weights | options), make_batch()
     noise = make_noise(agent.config, n=0)
-    phase = agent.phase(online)
-    found, found_metrics = agent.gradients(batch, noise, phase)
+    kind = agent.kind(online)
+    found, found_metrics = agent.gradients(batch, noise, kind)
     losses, metrics = sac_losses(agent, batch, noise)
     assert found.keys() == losses.keys()
     for name, loss in losses.items():
@@ -128,7 +128,7 @@ def test_without_a_regularizer_updates_are_sacs(options, online):
     assert found_metrics.keys() == metrics.keys()
     for name, value in metrics.items():
         assert found_metrics[name].item() == pytest.approx(value.item(), rel=1e-9), name
-    other_metrics = agent.losses(batch, make_noise(agent.config), make_phase())[1]
+    other_metrics = agent.losses(batch, make_noise(agent.config), make_kind())[1]
     gone = other_metrics.keys() - metrics.keys()
     of_regularizer = "cql_", "bound_rate_", *(["alpha_prime"] if agent.config.cql_lagrange else [])
     assert gone == {name for name in other_metrics if name.startswith(of_regularizer)}
@@ -149,8 +149,8 @@ def test_a_multiplier_without_a_regularizer_stays_where_it_is():
 def draw_in_float64(agent: Agent) -> None:
     """Let the agent draw noise in float64, the type of its networks."""
     real = Agent.draw_noise
-    agent.draw_noise = lambda phase: Noise(
-        *(draw.double() if draw.is_floating_point() else draw for draw in real(agent, phase))
+    agent.draw_noise = lambda kind: Noise(
+        *(draw.double() if draw.is_floating_point() else draw for draw in real(agent, kind))
     )
 
 
@@ -182,30 +182,30 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ],
 )
 def test_no_more_q_values_are_computed_than_an_update_needs(options, changed, expected, evaluated):
-    agent, phase = make_agent(**options), make_phase(**dict(cql_alpha=0.0) | changed)
-    noise = make_noise(agent.config, n=N if phase.cql_alpha else 0)
-    agent.losses(make_batch(), noise, phase)
+    agent, kind = make_agent(**options), make_kind(**dict(cql_alpha=0.0) | changed)
+    noise = make_noise(agent.config, n=N if kind.cql_alpha else 0)
+    agent.losses(make_batch(), noise, kind)
     assert sum(evaluated) == expected * B
 
 
-# ---------------------------------------------------------------------------- phases
+# ---------------------------------------------------------------------------- kinds of updates
 
 
 def test_a_phase_follows_from_the_options():
     options = dict(cql_alpha=5.0, cql_alpha_online=0.0, calibrate_online=False, bc_steps=1)
     agent = make_agent(**options, bc_weight=0.7, mixing_ratio=0.4, offline_iterations=0)
-    assert agent.phase(online=False) == Phase(5.0, True, True, True, B)
-    assert agent.phase(online=True) == Phase(0.0, False, True, True, int(B * 0.4))
+    assert agent.kind(online=False) == UpdateKind(5.0, True, True, True, B)
+    assert agent.kind(online=True) == UpdateKind(0.0, False, True, True, int(B * 0.4))
     agent.updates = 1
-    assert agent.phase(online=False) == Phase(5.0, True, False, True, B)
+    assert agent.kind(online=False) == UpdateKind(5.0, True, False, True, B)
 
 
 def test_an_online_batch_without_offline_rows_clones_nothing():
     agent = make_agent(bc_weight=0.7, mixing_ratio=0.0, offline_iterations=0)
     batch, noise = make_batch(), make_noise(agent.config)
-    losses, metrics = agent.losses(batch, noise, agent.phase(online=True))
+    losses, metrics = agent.losses(batch, noise, agent.kind(online=True))
     plain = make_agent(offline_iterations=0)
-    expected, expected_metrics = plain.losses(batch, noise, plain.phase(online=True))
+    expected, expected_metrics = plain.losses(batch, noise, plain.kind(online=True))
     assert metrics.keys() == expected_metrics.keys()
     for name in losses:
         assert losses[name].item() == expected[name].item(), name
@@ -217,9 +217,9 @@ def test_the_cloned_rows_are_the_datas_own(monkeypatch: pytest.MonkeyPatch):
     policy = pi(agent, batch.observations)
     expected = -policy.log_prob(batch.actions.clamp(-1 + 1e-6, 1 - 1e-6))
     noise = make_noise(agent.config)
-    _, metrics = agent.losses(batch, noise, agent.phase(online=False))
+    _, metrics = agent.losses(batch, noise, agent.kind(online=False))
     assert metrics["bc_loss"].item() == pytest.approx(expected.mean().item())
-    _, metrics = agent.losses(batch, noise, agent.phase(online=True))
+    _, metrics = agent.losses(batch, noise, agent.kind(online=True))
     assert metrics["bc_loss"].item() == pytest.approx(expected[: B // 2].mean().item())
 
 
@@ -229,7 +229,7 @@ def test_the_first_rows_of_an_online_batch_are_the_offline_ones(folder: Path):
     run = cal_ql.make_run(config, cal_ql.tasks.make(config.env, config.dataset_path), None)
     online = Batch(*(np.zeros((5, *column.shape[1:]), np.float32) for column in run.online.rows))
     run.online.add(online)
-    batch, n = run.sample(online=True), run.agent.phase(online=True).n_cloned
+    batch, n = run.sample(online=True), run.agent.kind(online=True).n_cloned
     assert n == int(0.3 * config.batch_size)
     assert batch.observations[:n].any(1).all() and not batch.observations[n:].any()
 
@@ -252,7 +252,7 @@ def test_actor_and_temperature_move_at_the_end_of_each_period_online(period, off
     for number in range(offline + 9):
         before, online = parameters_of(agent), number >= offline
         waits = online and (number - offline + 1) % period != 0
-        assert agent.phase(online).trains_actor == (not waits)
+        assert agent.kind(online).trains_actor == (not waits)
         metrics = agent.update(make_batch(number), online)
         moved = {}
         for part, parameters in parameters_of(agent).items():
@@ -513,7 +513,7 @@ def test_the_required_memory_is_less_than_a_run_uses():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        agent.losses(batch, agent.draw_noise(agent.phase(False)), agent.phase(False))
+        agent.losses(batch, agent.draw_noise(agent.kind(False)), agent.kind(False))
     learned = [p for parameters in agent.learned.values() for p in parameters]
     parameter_bytes = sum(p.nbytes for p in learned)
     target_bytes = sum(p.nbytes for p in agent.target_critic.parameters())

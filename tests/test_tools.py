@@ -235,10 +235,10 @@ def make_update(**options) -> tuple[cal_ql.Agent, cal_ql.Batch]:
 )
 def test_benchmark_counts_the_operations_that_torch_counts(options, online):
     agent, batch = make_update(q_n_hidden_layers=4, **options)
-    phase = agent.phase(online)
+    kind = agent.kind(online)
     with FlopCounterMode(display=False) as counter:
         agent.update(batch, online)
-    assert roofline.flops(agent.config, phase, 5, 2) == counter.get_total_flops()
+    assert roofline.flops(agent.config, kind, 5, 2) == counter.get_total_flops()
 
 
 def test_benchmark_counts_kernels_and_not_views():
@@ -257,14 +257,14 @@ def test_benchmark_counts_the_bytes_of_products_and_optimizers():
     assert counted.total == 4 * (bias.numel() + x.numel() + weight.numel() + 2 * 6 * 3)
 
     agent, batch = make_update(actor_update_period=2, offline_iterations=0)
-    phases = [agent.phase(online=False), agent.phase(online=False)._replace(cql_alpha=0.0)]
-    phases.append(phases[1]._replace(trains_actor=False))
+    kinds = [agent.kind(online=False), agent.kind(online=False)._replace(cql_alpha=0.0)]
+    kinds.append(kinds[1]._replace(trains_actor=False))
     critics = sum(parameter.numel() for parameter in agent.critic.parameters())
     found = []
-    for phase in phases:
-        rows = 8 * (10 if phase.cql_alpha else 1)
+    for kind in kinds:
+        rows = 8 * (10 if kind.cql_alpha else 1)
         hidden = 2 * rows * 24  # values of a hidden layer of both critics, read and written thrice
-        found.append(roofline.bytes_moved(agent, batch, phase))
+        found.append(roofline.bytes_moved(agent, batch, kind))
         assert found[-1] > 4 * (10 * critics + 6 * hidden)
         assert found[-1] < 4 * (30 * critics + 40 * hidden)
     actor = sum(parameter.numel() for parameter in agent.actor.parameters())

@@ -12,7 +12,7 @@ import torch
 import torch._inductor.config
 
 from cal_ql import Agent, Batch, Config
-from helpers import RUN, finish, make_phase, start_run, wait_until
+from helpers import RUN, finish, make_kind, start_run, wait_until
 from runs import machine
 
 S, A = 5, 2
@@ -71,9 +71,9 @@ def test_denormals_count_as_zero():
 def test_losses_and_gradients_run_where_there_are_no_values(changed, monkeypatch):
     """Tensors on the meta device have shapes but no values: code that reads a value raises."""
     monkeypatch.setattr(torch.optim, "Adam", lambda *args, **options: None)  # refuses meta
-    phase = make_phase(**changed)
-    agent, batch = make_agent(META, **{} if phase.cql_alpha else OTHER), make_batch(0, META)
-    gradients, metrics = agent.gradients(batch, agent.draw_noise(phase), phase)
+    kind = make_kind(**changed)
+    agent, batch = make_agent(META, **{} if kind.cql_alpha else OTHER), make_batch(0, META)
+    gradients, metrics = agent.gradients(batch, agent.draw_noise(kind), kind)
     assert all(value.device == META and value.shape == () for value in metrics.values())
     for name, values in gradients.items():
         assert [value.shape for value in values] == [p.shape for p in agent.learned[name]]
@@ -87,10 +87,10 @@ def assert_same_updates(eager: Agent, compiled: Agent, numbers: range, online_fr
         metrics = []
         for agent in (eager, compiled):
             batch, online = make_batch(number), number >= online_from
-            for name, gradients in agent.compute_gradients(batch, agent.phase(online))[0].items():
+            for name, gradients in agent.compute_gradients(batch, agent.kind(online))[0].items():
                 for parameter, gradient in zip(agent.learned[name], gradients):
                     assert gradient.stride() == parameter.stride()  # else fused Adam errs
-            assert agent.phase(online) not in agent.phases_to_compile(online)
+            assert agent.kind(online) not in agent.kinds_to_compile(online)
             torch.manual_seed(number)
             metrics.append(agent.update(batch, online))
         torch.testing.assert_close(*metrics)

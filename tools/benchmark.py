@@ -159,16 +159,16 @@ def measure_update(subject: Subject) -> Figures:
     found = precisions(config, device)
     variants = [v for p in found for v in make_variants(subject, batch, p)]
     works = {v.name: (v.precision, v.update) for v in variants}
-    phase = subject.run.agent.phase(online=False)
-    multiply = roofline.hidden_products(config, phase, device)
-    copying, copied = roofline.hidden_copy(config, phase, device)
+    kind = subject.run.agent.kind(online=False)
+    multiply = roofline.hidden_products(config, kind, device)
+    copying, copied = roofline.hidden_copy(config, kind, device)
     for precision in found:
         works[f"whole, {precision}"] = precision, lambda: multiply(sys.maxsize)
         works[f"pieces, {precision}"] = precision, lambda: multiply(1024)
     works["copying"] = found[0], copying
     times = interleaved(works, device, subject.repeats)
 
-    moved = roofline.bytes_moved(subject.run.agent, batch, phase)
+    moved = roofline.bytes_moved(subject.run.agent, batch, kind)
     bounds, figures = find_bounds(subject, moved, copied / times["copying"], times)
     return figures | compare_variants(config, variants, times, bounds)
 
@@ -178,8 +178,8 @@ def find_bounds(
 ) -> tuple[dict[str, float], Figures]:
     """The bound at each precision, in updates/s, and the figures behind it."""
     config, task = subject.config, subject.run.task
-    phase = subject.run.agent.phase(online=False)
-    needed = roofline.flops(config, phase, task.observation_dim, task.action_dim)
+    kind = subject.run.agent.kind(online=False)
+    needed = roofline.flops(config, kind, task.observation_dim, task.action_dim)
     figures: Figures = {
         "GFLOP per update": needed / 1e9,
         "MB moved per update, at least": moved / 1e6,
@@ -189,7 +189,7 @@ def find_bounds(
     bounds = {}
     for precision in precisions(config, subject.run.agent.device):
         product = min(times[f"whole, {precision}"], times[f"pieces, {precision}"])
-        peak = roofline.hidden_flops(config, phase) / product
+        peak = roofline.hidden_flops(config, kind) / product
         bounds[precision] = min(peak / needed, copying / moved)
         figures[f"peak of the matrix products, {precision}, GFLOP/s"] = peak / 1e9
         figures[f"bound by products, {precision}, updates/s"] = peak / needed
