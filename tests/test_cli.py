@@ -159,10 +159,11 @@ ENSEMBLE = {"n_critics": 10, "n_target_critics": 2}
 ENSEMBLE |= {"critic_layer_norm": True, "actor_layer_norm": True}
 WARM_START = {"warmup_steps": 5000, "online_utd_ratio": 4, "actor_update_period": 4}
 METHODS = {
-    "cql": {"calibrate": False},
-    "wsrl": {**ENSEMBLE, **WARM_START, "cql_alpha_online": 0.0, "mixing_ratio": 0.0},
+    "cql": {"name": "CQL", "calibrate": False},
+    "wsrl": {**ENSEMBLE, **WARM_START, "cql_alpha_online": 0.0, "mixing_ratio": 0.0}
+    | {"name": "WSRL"},
     "rlpd": {**ENSEMBLE, **WARM_START, "cql_alpha_online": 0.0, "mixing_ratio": 0.5}
-    | {"offline_iterations": 0, "cql_alpha": 0.0},
+    | {"name": "RLPD", "offline_iterations": 0, "cql_alpha": 0.0},
 }
 
 
