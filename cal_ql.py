@@ -52,7 +52,8 @@ Gradients = dict[str, tuple[Tensor, ...]]  # by loss, of the parameters it train
 class Config:
     device: str = may_change("cuda", "device")  # Of the networks: cuda, cuda:N, cpu or auto
     precision: Optional[str] = option(None, "precision")  # float32, tf32, bf16; null: tf32 on CUDA
-    compile: Optional[bool] = may_change(None)  # Use torch.compile; null: in all but short runs
+    # torch.compile; null: if there is a C++ compiler, except with 1 to 4,999 offline updates
+    compile: Optional[bool] = may_change(None)
     env: str = "halfcheetah-medium-expert-v2"  # Task name
     seed: int = option(0, "seed")  # Seed of networks, batches and training episodes
     eval_seed: int = option(0, "seed")  # Seed of the evaluation episodes, the same each time
