@@ -510,7 +510,7 @@ def test_a_csv_file_gives_the_same_report_and_picture(study, tmp_path):
 
 
 STUDIES = """antmaze door maze2d-medium quickstart pointmaze costs layer-norm antmaze-slow methods
-    door-cloning first-runs"""
+    methods-quickstart door-cloning first-runs"""
 
 
 @pytest.mark.parametrize("study", STUDIES.split())
