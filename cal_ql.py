@@ -725,7 +725,7 @@ def episode_seed(seed: int, purpose: str, number: int) -> int:
 
 @torch.no_grad()
 @machine.one_thread()  # more would not be faster, and spin on other workers' cores
-@machine.cpu_products("ieee")  # whatever `precision` says of updates
+@machine.cpu_products("ieee")  # `precision` is for updates
 def play_episode(task: Task, seed: int, actor: Actor, scaling: Scaling, explore: bool) -> Episode:
     """Play the episode of this seed on the CPU, with sampled actions or with the mean actions.
 

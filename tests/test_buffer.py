@@ -176,9 +176,9 @@ def test_transitions_of_episodes(play, sparse):
     rows = Batch(*(np.concatenate(column) for column in columns))
     assert all(column.dtype == np.float32 for column in rows)
     states = [(e, t) for e, episode in enumerate(EPISODES) for t in range(len(episode))]
-    following = [(e, t + 1) for e, t in states]
+    next_states = [(e, t + 1) for e, t in states]
     np.testing.assert_allclose(rows.observations, (np.array(states) - MEAN) / STD)
-    np.testing.assert_allclose(rows.next_observations, (np.array(following) - MEAN) / STD)
+    np.testing.assert_allclose(rows.next_observations, (np.array(next_states) - MEAN) / STD)
     np.testing.assert_allclose(script.actions, 2 * rows.actions)
     assert rows.rewards.tolist() == [-1, -1, -1, -1, 1, 1, -1, -1]
     # a time limit is no terminal, and an end on the last permitted step is one

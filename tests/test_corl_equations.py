@@ -129,11 +129,11 @@ class Reference:
         """Mean clipped difference of critic 1 or 2; its metrics go to `metrics`."""
         config, critic = self.config, self.critics[number - 1]
         current, current_log_pi = self.sample(batch.observations, noise.current)
-        following, following_log_pi = self.sample(batch.next_observations, noise.next)
+        next_actions, next_log_pi = self.sample(batch.next_observations, noise.next)
         data = self.q(critic, batch.observations, batch.actions)
         rand = self.q(critic, batch.observations, noise.random)
         values = {}
-        for name, actions in {"current": current, "next": following}.items():
+        for name, actions in {"current": current, "next": next_actions}.items():
             value = self.q(critic, batch.observations, actions.detach())
             bound = batch.returns_to_go[:, None].expand_as(value)
             below = (value < bound).double().mean()
@@ -143,7 +143,7 @@ class Reference:
         unweighted = torch.cat([rand, data[:, None], values["next"], values["current"]], 1)
         weighted = [
             rand - math.log(0.5**A),
-            values["next"] - following_log_pi.detach(),
+            values["next"] - next_log_pi.detach(),
             values["current"] - current_log_pi.detach(),
         ]
         terms = torch.cat(weighted, 1) if config.cql_importance_sample else unweighted
@@ -244,5 +244,5 @@ def test_updates_equal_corls(options, monkeypatch):
         found = {name: metrics[name].item() for name in expected}
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
         for name, tensors in Reference(agent).state().items():
-            for ours, theirs in zip(tensors, reference.state()[name]):
-                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=name)
+            for ours, expected in zip(tensors, reference.state()[name]):
+                torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9, msg=name)

@@ -98,9 +98,9 @@ def test_task_is_as_d4rl_documents_it(name):
     assert env._max_episode_steps == time_limit
     assert env.get_normalized_score(reference_min) == 0.0
     assert env.get_normalized_score(reference_max) == 1.0
-    following, reward, done, info = env.step(np.full(action_dim, 0.5, np.float32))
-    assert following.shape == (observation_dim,) and np.isfinite(following).all()
-    assert not np.array_equal(following, observation)
+    next_observation, reward, done, info = env.step(np.full(action_dim, 0.5, np.float32))
+    assert next_observation.shape == (observation_dim,) and np.isfinite(next_observation).all()
+    assert not np.array_equal(next_observation, observation)
     assert np.isfinite(reward) and np.ndim(reward) == 0
     assert not done and isinstance(info, dict)
 

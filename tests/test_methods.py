@@ -237,7 +237,7 @@ def test_the_first_rows_of_an_online_batch_are_the_offline_ones(folder: Path):
 # ---------------------------------------------------------------------------- skipped updates
 
 
-def parameters_of(agent: Agent) -> dict[str, dict[str, Tensor]]:
+def copy_parameters(agent: Agent) -> dict[str, dict[str, Tensor]]:
     parts = {"actor": agent.actor, "critic": agent.critic, "target": agent.target_critic}
     found = {name: dict(module.named_parameters()) for name, module in parts.items()}
     return copy.deepcopy(found | {"alpha": {"": agent.log_alpha}})
@@ -250,12 +250,12 @@ def test_actor_and_temperature_move_at_the_end_of_each_period_online(period, off
     agent = make_agent(actor_update_period=period, offline_iterations=offline)
     draw_in_float64(agent)
     for number in range(offline + 9):
-        before, online = parameters_of(agent), number >= offline
+        before, online = copy_parameters(agent), number >= offline
         waits = online and (number - offline + 1) % period != 0
         assert agent.kind(online).trains_actor == (not waits)
         metrics = agent.update(make_batch(number), online)
         moved = {}
-        for part, parameters in parameters_of(agent).items():
+        for part, parameters in copy_parameters(agent).items():
             changed = [not torch.equal(x, before[part][name]) for name, x in parameters.items()]
             assert len(set(changed)) == 1, (number, part)
             moved[part] = changed[0]

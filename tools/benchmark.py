@@ -94,7 +94,7 @@ def write_random_data(path: Path, task: tasks.Task, n: int) -> None:
         file["timeouts"] = (rows + 1) % task.max_episode_steps == 0
 
 
-# ---------------------------------------------------------------------------- the update alone
+# ---------------------------------------------------------------------------- the update
 
 
 class Variant(NamedTuple):
@@ -222,15 +222,15 @@ def compare_variants(
     for name, precision, _, first in variants:
         is_corls = name.startswith("CORL's")
         rate = 1.0 / times[name]
-        figures[f"update alone, {name}, updates/s"] = rate
+        figures[f"update, {name}, updates/s"] = rate
         if not is_corls:
-            figures[f"update alone, {name}, share of the bound"] = rate / bounds[precision]
-            figures[f"update alone, {name}, s of the first one"] = first
+            figures[f"update, {name}, share of the bound"] = rate / bounds[precision]
+            figures[f"update, {name}, s of the first one"] = first
             beside = f"CORL's, {precision}"
             if beside in times and corl.has_its_sizes(config):
-                figures[f"update alone, {name}, times CORL's"] = times[beside] / times[name]
+                figures[f"update, {name}, times CORL's"] = times[beside] / times[name]
         elif not corl.has_its_sizes(config):
-            figures[f"update alone, {name}, units of a layer"] = corl.HIDDEN_DIM
+            figures[f"update, {name}, units of a layer"] = corl.HIDDEN_DIM
     return figures
 
 
@@ -257,7 +257,7 @@ def measure_loops(subject: Subject) -> Figures:
     figures: Figures = {
         "update in the loops": "compiled" if is_compiled(subject.run.agent) else "eager",
         "offline loop, updates/s": 1 / times["offline"],
-        "offline loop, share of the update alone": times["update"] / times["offline"],
+        "offline loop, share of the update": times["update"] / times["offline"],
         "online loop with its episodes, steps/s": 1 / step,
         "online loop, share of updating": times["online"] / step,
         "online loop, share of playing": times["play"] / step,
