@@ -534,9 +534,10 @@ class Agent(nn.Module):
         self.optimizer.zero_grad()  # a captured graph reuses the memory of gradients
         self.updates += 1
         if self.updates % self.config.target_update_period == 0:
-            critics = self.target_critic.parameters(), self.critic.parameters()
+            targets = list(self.target_critic.parameters())
+            rate = self.config.soft_target_update_rate
             with torch.no_grad():
-                torch._foreach_lerp_(*map(list, critics), self.config.soft_target_update_rate)
+                torch._foreach_lerp_(targets, self.learned["critic"], rate)
         return metrics
 
     def kinds_to_compile(self, online: bool) -> set[UpdateKind]:
@@ -876,7 +877,7 @@ class Run:
         progress.episodes += 1
         progress.failures += not episode.success
         progress.steps_owed = len(episode.rewards)
-        if 0 <= progress.step - self.config.offline_iterations < self.config.warmup_steps:
+        if progress.step - self.config.offline_iterations < self.config.warmup_steps:
             progress.warmup_end = progress.step + len(episode.rewards)
         transitions = to_transitions(episode, self.dataset, self.config.discount)
         self.online.add(transitions)
@@ -917,8 +918,7 @@ def make_run(config: Config, task: Task, directory: Optional[RunDirectory]) -> R
     A new run may start from the checkpoint `load_model`. Raises `InputError` for wrong input.
     """
     device = machine.resolve_device(config.device, config.precision)
-    needed = machine.memory_needed(config, task.observation_dim, task.action_dim)
-    machine.check_memory(needed, device, config, NETWORKS)
+    machine.check_memory(config, task.observation_dim, task.action_dim, device, NETWORKS)
     data = task.data_file(config.dataset_path)
     torch.manual_seed(config.seed)
     agent = Agent(task.observation_dim, task.action_dim, config, device)

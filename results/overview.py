@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.report import Run, read_csv
+from tools.report import COLOURS, Run, read_csv
 
 PANELS = {  # study -> title; minutes per run by results/README.md
     "quickstart": "point mass, small maze: 3 min a run",
@@ -19,12 +19,12 @@ PANELS = {  # study -> title; minutes per run by results/README.md
     "antmaze": "ant, small maze: 17 to 23 min a run",
 }
 HERE = Path(__file__).resolve().parent
-COLOURS = {"Cal-QL": "#0072B2", "CQL": "#D55E00"}
+LINES = dict(zip(("Cal-QL", "CQL"), COLOURS))
 
 
 def draw(axes, runs: list[Run]) -> None:
     """Each seed thin, their mean thick; the offline phase shaded."""
-    for method, colour in COLOURS.items():
+    for method, colour in LINES.items():
         seeds = [run for run in runs if run.method == method]
         for run in seeds:
             axes.plot(run.positions(), run.scores, color=colour, alpha=0.3, linewidth=0.8)

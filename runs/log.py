@@ -15,7 +15,7 @@ import wandb
 from torch import Tensor
 from tqdm import tqdm
 
-from runs.directory import RunDirectory, write_atomically
+from runs.directory import SCORE, RunDirectory, write_atomically
 from runs.errors import RunError, expand_home, open_regular
 
 
@@ -183,8 +183,8 @@ class Log:
         if self.directory:
             self.directory.add_record(record)
         self.wandb.send(record)
-        if "eval/d4rl_normalized_score" in metrics:
-            self.shown["score"] = f"{metrics['eval/d4rl_normalized_score']:.1f}"
+        if SCORE in metrics:
+            self.shown["score"] = f"{metrics[SCORE]:.1f}"
         self.bar.set_description("offline" if offline else "online", refresh=False)
         self.bar.set_postfix(self.shown, refresh=False)
 

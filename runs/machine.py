@@ -140,11 +140,14 @@ def memory_needed(config: Any, observation_dim: int, action_dim: int) -> float:
     return 4.0 * (5 * critics + 4 * actor + activations + stored)  # gradients, Adam, targets too
 
 
-def check_memory(needed: float, device: torch.device, config: Any, names: str) -> None:
-    """Raise `InputError` if the device has fewer bytes than are `needed`.
+def check_memory(
+    config: Any, observation_dim: int, action_dim: int, device: torch.device, names: str
+) -> None:
+    """Raise `InputError` if the device has fewer bytes than `memory_needed`.
 
     The message has the options `names` and those of batches and buffers.
     """
+    needed = memory_needed(config, observation_dim, action_dim)
     left = available_memory(device)
     names += " batch_size cql_n_actions buffer_size online_iterations"
     found = ", ".join(f"{name} {getattr(config, name)}" for name in names.split())

@@ -135,7 +135,7 @@ def is_compiled(agent: cal_ql.Agent) -> bool:
 def make_variants(subject: Subject, batch: cal_ql.Batch, precision: str) -> Iterable[Variant]:
     """Our update, eager and compiled (if that works), and CORL's, on the same batch."""
     config, device = subject.config, subject.run.agent.device
-    machine.resolve_device(str(device), precision)
+    machine.set_precision(precision, device)
     agents = new_agents(subject)
     updates: dict[str, Callable] = {
         name: functools.partial(agent.update, batch, online=False) for name, agent in agents.items()
@@ -204,7 +204,7 @@ def interleaved(
     counts: dict[str, int] = {}
     for number in range(repeats + 1):
         for name, (precision, work) in works.items():
-            machine.resolve_device(str(device), precision)
+            machine.set_precision(precision, device)
             if number == 0:
                 counts[name] = calls_per_round(work, device)
             else:
@@ -274,7 +274,7 @@ def measure_loops(subject: Subject) -> Figures:
 def loop_times(subject: Subject) -> dict[str, float]:
     """Seconds of an update, of sampling a batch, of a step of each loop, of playing a step."""
     run, config, device = subject.run, subject.config, subject.run.agent.device
-    machine.resolve_device(str(device), config.precision)
+    machine.set_precision(precisions(config, device)[0], device)
     batch = run.dataset.sample(config.batch_size)
     actor, lengths = copy.deepcopy(run.agent.actor).cpu(), []
 
@@ -360,7 +360,7 @@ def measure_memory(subject: Subject) -> Figures:
 def measure_kernels(subject: Subject) -> Figures:
     """Kernels of an update: on a GPU those that ran, on a CPU those that a GPU would launch."""
     config, task, device = subject.config, subject.run.task, subject.run.agent.device
-    machine.resolve_device(str(device), config.precision)
+    machine.set_precision(precisions(config, device)[0], device)
     batch = subject.run.dataset.sample(config.batch_size)
     agents = new_agents(subject)
     if device.type != "cuda":

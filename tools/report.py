@@ -53,6 +53,7 @@ from scipy import integrate, stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cal_ql
+from runs.directory import SCORE
 from runs.errors import InputError, check_regular, run_program
 from runs.options import cast_option, read_config_file
 from tools import published
@@ -60,7 +61,6 @@ from tools.command_line import Parser
 from tools.published import Curves, Published
 
 METHODS = Path(__file__).resolve().parents[1] / "configs" / "methods"
-SCORE = "eval/d4rl_normalized_score"
 SUCCESS = "eval/success_rate"
 REGRET = "train/regret"
 MAY_CHANGE = {f.name for f in dataclasses.fields(cal_ql.Config) if "may_change" in f.metadata}
